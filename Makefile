@@ -1,0 +1,28 @@
+# demo and test are all a newcomer needs; both install into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_DATA := data/demo
+
+.PHONY: install demo test lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/lgaf data synth $(DEMO_DATA) --config configs/demo_data.toml
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m trainer train configs/demo.toml
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv data/demo runs/demo

@@ -1,0 +1,1 @@
+"""The sharded margin-softmax classifier. Imports nothing of the project outside itself."""

@@ -1,0 +1,1 @@
+"""The training run: configuration, backbones, engine, step, loop, checkpoints, evaluation."""
