@@ -88,12 +88,13 @@ def _aligned_magics(payload: bytes) -> list[int]:
 
 
 def walk_frames(data: bytes | memoryview, where: str, base: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Yield (kind, payload start, payload end) of the frames in `data`, which is at byte `base` of `where`."""
+    """Yield (kind, payload start, payload end) of the frames in `data`, found at byte `base` of `where`."""
     at = 0
     while at < len(data):
         if len(data) - at < FRAME_HEADER.size:
             raise RecordError(
-                f"{where}: truncated at byte {base + at}: a frame header has 8 bytes, {len(data) - at} are left"
+                f"{where}: truncated at byte {base + at}: "
+                f"a frame header has 8 bytes, {len(data) - at} are left"
             )
         magic, word = FRAME_HEADER.unpack_from(data, at)
         if magic != MAGIC:
