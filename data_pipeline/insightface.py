@@ -1,0 +1,103 @@
+"""Writing an InsightFace dataset: images, then the records that say where each identity begins and ends.
+
+    keys 1..N             the images, identity after identity
+    key 0                 labels [N+1, N+1+C], no image: the keys of the identity records
+    keys N+1..N+C         labels [first, last+1], no image: the keys of one identity's images
+
+`train.rec` holds the records in this order, `train.idx` their offsets, `property` the line "C,height,width".
+Labels are float32, and so are the keys above, which bounds N+1+C.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+from data_pipeline.recordio import FLOAT32_EXACT, RecordWriter, pack
+
+
+class InsightFaceWriter:
+    """Writes one dataset into `folder`; its files appear under their names only when all is written.
+
+    Used as a context manager: leaving it by an exception removes what was written, and what the folder
+    held before is still there. The images are `size` x `size` pixels.
+    """
+
+    def __init__(self, folder: Path, *, size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._size = size
+        self._first_keys: list[int] = []
+        self._next_key = 1
+        self._texts: dict[str, str] = {}
+        self._records = RecordWriter(folder / "train.rec")
+
+    def add(self, image: bytes, labels: float | tuple[float, ...]) -> None:
+        """Append an encoded image under the next key; its class is the label, or the first of them.
+
+        Raises ValueError for an empty image, for classes that do not come one after the other from 0, and
+        for more images and classes than the format's float32 can count.
+        """
+        identity = labels[0] if isinstance(labels, tuple) else labels
+        latest = len(self._first_keys) - 1
+        expected = {max(latest, 0), latest + 1}
+        if identity not in expected:
+            raise ValueError(
+                f"image {self._next_key} has class {identity:g}, expected one of {sorted(expected)}: "
+                "sort the images by class, and count the classes from 0"
+            )
+        if not image:
+            raise ValueError(f"image {self._next_key}, of class {identity:g}, is empty")
+        if self._next_key + 1 + int(identity) + 1 > FLOAT32_EXACT:
+            raise ValueError(
+                f"image {self._next_key} of class {identity:g}: the index records of an InsightFace dataset "
+                f"are float32 and exact up to {FLOAT32_EXACT}, images and identities together; write several"
+            )
+        if identity > latest:
+            self._first_keys.append(self._next_key)
+        self._records.write(self._next_key, pack(labels, self._next_key, image))
+        self._next_key += 1
+
+    def add_text(self, name: str, text: str) -> None:
+        """Let the file `name` appear in the folder together with the records."""
+        self._texts[name] = text
+
+    def __enter__(self) -> InsightFaceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._records.__exit__(kind, error, trace)
+            return
+        property_line = f"{len(self._first_keys)},{self._size},{self._size}\n"
+        texts = {"property": property_line, **self._texts}
+        partials = {name: self._folder / f"{name}.part" for name in texts}
+        try:
+            with self._records:
+                self._write_index_records()
+                for name, partial in partials.items():
+                    _write_through(partial, texts[name])
+            for name, partial in partials.items():
+                os.replace(partial, self._folder / name)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+
+    def _write_index_records(self) -> None:
+        """Key 0 and the identities."""
+        if not self._first_keys:
+            raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
+        end, ends = self._next_key, [*self._first_keys[1:], self._next_key]
+        self._records.write(0, pack((end, end + len(ends)), 0, b""))
+        for key, span in enumerate(zip(self._first_keys, ends, strict=True), end):
+            self._records.write(key, pack(span, key, b""))
+
+
+def _write_through(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
