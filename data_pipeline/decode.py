@@ -7,23 +7,18 @@ a few ahead of what is being read.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 
 from data_pipeline import augment
 from data_pipeline.augment import Augmentation
+from data_pipeline.images import DecodeError, decoded
 
 EncodedBatch = tuple[list[np.ndarray], Augmentation]
-
-
-class DecodeError(ValueError):
-    """An image that cannot be decoded; names it."""
 
 
 @pipeline_def
@@ -45,10 +40,11 @@ def _graph(source: Callable[[int], tuple], image_size: int, device: str) -> Any:
 
 
 class Decoder:
-    """Iterates over images_BCHW (float32, RGB, [-1, 1]) of the micro-batches that `source` gives.
+    """Iterates once over images_BCHW (float32, RGB, [-1, 1]) of the micro-batches that `source` gives.
 
     `source(i)` returns the encoded images and their augmentation, or raises StopIteration after the last;
-    a batch may be smaller than `batch_size`. `name_of(i, row)` is how an error calls an image.
+    a batch may be smaller than `batch_size`. What else it raises ends the iteration, up to
+    `prefetch_batches` early. `name_of(i, row)` is how an error calls an image.
     """
 
     def __init__(
@@ -63,8 +59,10 @@ class Decoder:
         device_id: int | None,
     ) -> None:
         self._source, self._name_of = source, name_of
+        self._source_error: Exception | None = None
+        self._next = 0
         self._pipeline = _graph(
-            lambda i: (lambda batch: (batch[0], *batch[1]))(source(i)),
+            self._arrays,
             image_size,
             "cpu" if device_id is None else "mixed",
             batch_size=batch_size,
@@ -73,34 +71,41 @@ class Decoder:
             prefetch_queue_depth=prefetch_batches,
         )
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        i = 0
-        while True:
-            try:
-                (images,) = self._pipeline.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise self._explain(i, error) from error
-            # DALI reuses its buffer for a later batch; the network's copy must outlive that.
-            yield torch.from_dlpack(images.as_tensor()).clone()
-            i += 1
+    def __iter__(self) -> Decoder:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        try:
+            (images,) = self._pipeline.run()
+        except RuntimeError as error:
+            if error is self._source_error:
+                raise
+            raise self._explain(self._next, error) from error
+        self._next += 1
+        # DALI reuses its buffer for a later batch; the network's copy must outlive that.
+        return torch.from_dlpack(images.as_tensor()).clone()
+
+    def _arrays(self, i: int) -> tuple:
+        try:
+            encoded, augmentation = self._source(i)
+        except Exception as error:
+            self._source_error = error
+            raise
+        return encoded, *augmentation
 
     def _explain(self, i: int, error: RuntimeError) -> DecodeError:
         """DALI says which operator failed, not which image: find it."""
         for row, encoded in enumerate(self._source(i)[0]):
             try:
-                Image.open(io.BytesIO(encoded.tobytes())).load()
-            except (OSError, SyntaxError, ValueError) as reason:
-                return DecodeError(
-                    f"{self._name_of(i, row)} cannot be decoded: {reason}; remove or repair it"
-                )
+                decoded(encoded, self._name_of(i, row))
+            except DecodeError as found:
+                return found
         return DecodeError(f"the batch that begins with {self._name_of(i, 0)} cannot be decoded: {error}")
 
 
 def decode_all(
     encoded: list[bytes], name: str, *, batch_size: int, image_size: int, threads: int, device_id: int | None
-) -> Iterable[torch.Tensor]:
+) -> Iterator[torch.Tensor]:
     """Decode a list of images in order, unaugmented, `batch_size` at a time (the last batch may be smaller).
 
     Raises DecodeError naming `name` and the image's number.

@@ -12,7 +12,6 @@ so that the samples of a step are the same on any number of ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +61,7 @@ class Share(NamedTuple):
 
 
 class Loader:
-    """Iterates without end over this rank's micro-batches, from the first of `first_step` on.
+    """Iterates once, without end, over this rank's micro-batches, from the first of `first_step` on.
 
     `device_id` is the GPU's number, None for the CPU; `ranks_on_node` divides the node's cores.
     """
@@ -79,7 +78,7 @@ class Loader:
         device_id: int | None,
     ) -> None:
         self._config, self._catalog, self._share, self._seed = config, catalog, share, seed
-        self._first = first_step * share.accumulation
+        self._first = self._next = first_step * share.accumulation
         self._decoder = Decoder(
             self._encoded,
             self._name_of,
@@ -90,13 +89,17 @@ class Loader:
             device_id=device_id,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        for i, images_BCHW in enumerate(self._decoder):
-            sample_B = self._share.samples(self._first + i)
-            label_B = torch.from_numpy(self._catalog.label_N[self._records(sample_B)])
-            yield Batch(
-                images_BCHW, label_B.to(images_BCHW.device, non_blocking=True), torch.from_numpy(sample_B)
-            )
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        images_BCHW = next(self._decoder)
+        sample_B = self._share.samples(self._next)
+        self._next += 1
+        label_B = torch.from_numpy(self._catalog.label_N[self._records(sample_B)])
+        return Batch(
+            images_BCHW, label_B.to(images_BCHW.device, non_blocking=True), torch.from_numpy(sample_B)
+        )
 
     def _records(self, sample_B: np.ndarray) -> np.ndarray:
         return order.record_of(self._seed, sample_B, len(self._catalog))

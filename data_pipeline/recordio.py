@@ -172,9 +172,10 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises RecordError naming the first line that is not `key<TAB>offset`.
     """
     try:
-        table = np.loadtxt(path, dtype=np.int64, delimiter="\t", ndmin=2)
+        is_empty = path.stat().st_size == 0  # of which loadtxt would warn
+        table = np.empty((0, 0)) if is_empty else np.loadtxt(path, np.int64, delimiter="\t", ndmin=2)
     except ValueError:
-        table = np.empty((0, 0), np.int64)
+        table = np.empty((0, 0))
     if table.ndim != 2 or table.shape[1] != 2 or (table < 0).any():
         raise RecordError(f"{path}: {_first_bad_index_line(path)}")
     order = np.argsort(table[:, 1], kind="stable")

@@ -1,0 +1,156 @@
+"""`lgaf data`: make, pack and look at datasets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_pipeline import inspection, packing, settings, synthetic_set
+from data_pipeline.catalog import Catalog, open_catalog, read_property
+from data_pipeline.synthetic import SynthConfig
+
+app = typer.Typer(no_args_is_help=True, help="Make, pack and inspect face datasets (InsightFace's format).")
+
+_SAMPLE = 256
+_SHEET = {"classes": 8, "images": 10, "size": 112}
+_REFRESH_S = 0.1
+
+
+def _print_keys(wanted: bool) -> None:
+    if wanted:
+        typer.echo(settings.help_text(SynthConfig))
+        raise typer.Exit
+
+
+@app.command()
+def synth(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to write; a new or empty folder.", show_default=False)
+    ],
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file with the set's configuration.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."
+        ),
+    ] = None,
+    help_config: Annotated[
+        bool,
+        typer.Option(
+            "--help-config", help="Print all configuration keys and end.", callback=_print_keys, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Paint synthetic people: a training set, and a verification set of other people.
+
+    DIR gets train.rec, train.idx and property, which is InsightFace's format,
+    held_out.bin with the pairs, what is in each picture as two tables
+    (pose, light, occlusion...), and synth.json with the configuration.
+
+    The same configuration gives the same set; where DIR holds it, nothing is done.
+    """
+    wanted = settings.load(SynthConfig, config, overrides or [])
+    start = time.monotonic()
+    with _progress("painting") as progress:
+        is_new = synthetic_set.write_set(folder, wanted, progress)
+    if not is_new:
+        typer.echo(f"{folder} holds this set already; nothing to do")
+        return
+    seconds = time.monotonic() - start
+    rate = (wanted.images + 2 * wanted.pairs) / seconds
+    typer.echo(
+        f"{folder}: {wanted.images} images of {wanted.identities} people, {wanted.pairs} pairs of "
+        f"{wanted.held_out_identities} others ({seconds:.1f} s, {rate:.0f} images/s)"
+    )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with train.rec and train.idx.", show_default=False)
+    ],
+    sheet: Annotated[
+        Path, typer.Option(metavar="PNG", help="Where to write the contact sheet; replaces a file there.")
+    ] = Path("contact_sheet.png"),
+) -> None:
+    """Say what a dataset holds, and draw a contact sheet of some of its classes with their labels."""
+    catalog = open_catalog(folder)
+    for name, value in _facts(folder, catalog):
+        typer.echo(f"{name:<18}{value}")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    inspection.contact_sheet(catalog, **_SHEET).save(sheet, "PNG")
+    typer.echo(f"{'contact sheet':<18}{sheet}")
+
+
+@app.command()
+def pack(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="One sub-folder of images for each identity.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Where to write; a new or empty folder.", show_default=False)
+    ],
+    size: Annotated[int, typer.Option(min=16, help="Width and height of the stored images, pixels.")] = 112,
+    quality: Annotated[int, typer.Option(min=1, max=95, help="JPEG quality of the stored images.")] = 95,
+) -> None:
+    """Pack a folder of images into train.rec, train.idx and property; identities.tsv names the classes.
+
+    Images are cropped to their central square and resized; a JPEG of the right size is kept as it is.
+    """
+    with _progress("packing") as progress:
+        done = packing.pack_folder(folder, out, size=size, quality=quality, progress=progress)
+    typer.echo(
+        f"{out}: {done.images} images of {done.identities} identities, {done.image_bytes / 1e6:.1f} MB "
+        f"({done.kept_images} kept as they were)"
+    )
+
+
+def _facts(folder: Path, catalog: Catalog) -> Iterator[tuple[str, str]]:
+    count_C = np.bincount(catalog.label_N, minlength=catalog.num_classes)
+    said = read_property(folder)
+    yield "images", f"{len(catalog)} (keys {catalog.key_N.min()} to {catalog.key_N.max()})"
+    yield "train.rec", f"{catalog.rec_path.stat().st_size / 1e6:.1f} MB"
+    yield "classes", f"{catalog.num_classes}"
+    yield "property", "none" if said is None else f"{said[0]} classes, {said[1]}x{said[2]} pixels"
+    yield "labels", f"{catalog.label_N.min()} to {catalog.label_N.max()}"
+    yield (
+        "images per class",
+        f"{count_C.min()} to {count_C.max()}, median {np.median(count_C):g}, {(count_C == 0).sum()} without",
+    )
+    kinds = inspection.image_kinds(catalog, _SAMPLE)
+    shares = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+    yield "image sizes", f"{shares} in a sample of {kinds.total()}"
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback for (done, total) that moves a bar on stderr; on a terminal only.
+
+    It draws in the caller's thread, since a process with threads cannot be forked safely.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        latest = 0.0
+
+        def move(done: int, total: int) -> None:
+            nonlocal latest
+            is_due = time.monotonic() - latest > _REFRESH_S or done == total
+            latest = time.monotonic() if is_due else latest
+            bar.update(task, completed=done, total=total, refresh=is_due)
+
+        yield move

@@ -1,0 +1,225 @@
+"""A configuration file becomes a model: TOML, then `key=value` overrides, then pydantic's checks.
+
+    load(SynthConfig, Path("configs/demo_data.toml"), ["seed=7", "augment.flip_probability=0"])
+
+All that is wrong is said at once, in one ValueError with a line per key: where the key stands, its dotted
+name, what was expected and what was found; an unknown key also gets the nearest valid ones. `describe` and
+`help_text` list the keys of a model, so that the help can never differ from what is accepted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+M = TypeVar("M", bound=BaseModel)
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+class Key(NamedTuple):
+    """One key of a configuration: dotted name, type with bounds, default as TOML, and what it means."""
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+def load(model: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
+    """The configuration in the TOML file `path` (None: an empty one), changed by `overrides`.
+
+    An override is `dotted.key=value`; the value is read as TOML, and taken as a string where it is none.
+
+    Raises ValueError if the file cannot be read as TOML, an override has no "=" or enters what is not a
+    table, or keys are unknown, missing or have values that the model refuses.
+    """
+    tree = {} if path is None else _read_toml(path)
+    overridden = [_apply(tree, override) for override in overrides]
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(model, item, path, overridden) for item in error.errors()]
+    raise ValueError("\n".join(lines))
+
+
+def describe(model: type[BaseModel]) -> list[Key]:
+    """All keys of a model in the order of definition, those of nested models with their dotted names."""
+    return list(_keys(model, None, ""))
+
+
+def help_text(model: type[BaseModel], width: int = 100) -> str:
+    """The keys of a model as text: two lines and more for each, wrapped at `width` columns."""
+    blocks = []
+    for key in describe(model):
+        indented = textwrap.fill(key.description, width, initial_indent="    ", subsequent_indent="    ")
+        blocks.append(f"{key.name} = {key.default}  ({key.type})\n{indented}")
+    return "\n".join(blocks)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: expected a configuration file (TOML), found: {error.strerror or error}"
+        ) from error
+    except ValueError as error:  # both tomllib's and the decoder's
+        raise ValueError(f"{path}: expected TOML, found: {error}; correct it there") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Put one override into the tree; returns its dotted key."""
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    *tables, last = name.split(".")
+    if not equals or not last or not all(tables):
+        raise ValueError(f"--set {override!r}: expected key=value, as in --set seed=7")
+    for depth, table in enumerate(tables, 1):
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise ValueError(
+                f"--set {override!r}: expected {'.'.join(tables[:depth])} to be a table, found {tree!r:.80}"
+            )
+    tree[last] = _toml_value(text.strip())
+    return name
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        match tomllib.loads(f"value = {text}"):
+            case {"value": value, **others} if not others:
+                return value
+    except tomllib.TOMLDecodeError:
+        pass
+    return text
+
+
+def _explain(
+    model: type[BaseModel], error: Mapping[str, Any], path: Path | None, overridden: list[str]
+) -> str:
+    """One line for one of pydantic's errors."""
+    name = ".".join(map(str, error["loc"]))
+    where = _where(name, path, overridden)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key {name}{_nearest(model, error['loc'])}"
+    subject = f"{where}: {name}" if name else where
+    if error["type"] == "missing":
+        field = _model_at(model, error["loc"][:-1]).model_fields[error["loc"][-1]]
+        return f"{subject}: expected a value, found none ({field.description})"
+    if error["type"] in ("value_error", "assertion_error"):
+        return f"{subject}: {error['ctx']['error']}"
+    message = re.sub(r"^Input should (be )?", "expected ", error["msg"])
+    return f"{subject}: {message}, found {error['input']!r:.80}"
+
+
+def _where(name: str, path: Path | None, overridden: list[str]) -> str:
+    """Where the value of a key comes from; a table may come from both."""
+    if any(name == key or name.startswith(f"{key}.") for key in overridden) or path is None:
+        return "--set" if overridden else "configuration"
+    is_above = any(not name or key.startswith(f"{name}.") for key in overridden)
+    return f"{path} and --set" if is_above else str(path)
+
+
+def _nearest(model: type[BaseModel], loc: tuple[str | int, ...]) -> str:
+    """What to write instead of an unknown key: its namesakes elsewhere, similar keys beside it."""
+    *outer, last = loc
+    prefix = "".join(f"{part}." for part in outer)
+    beside = list(_model_at(model, tuple(outer)).model_fields)
+    namesakes = [key.name for key in describe(model) if key.name.rpartition(".")[2] == last]
+    similar = [prefix + name for name in difflib.get_close_matches(str(last), beside, 3, 0.7)]
+    hints = namesakes + similar
+    hint = f"; did you mean {' or '.join(hints)}? Valid" if hints else "; valid"
+    return f"{hint} keys of {f'[{prefix[:-1]}]' if outer else 'the file'}: {', '.join(beside)}"
+
+
+def _model_at(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel]:
+    """The model that holds the keys below `loc`, a path of field names and list positions."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        model = (_inner_model(field.annotation) if field else None) or model
+    return model
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The model inside `Model`, `Model | None`, `list[Model]`..., None where there is no model."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_inner_model, typing.get_args(annotation))), None)
+
+
+def _keys(model: type[BaseModel], defaults: BaseModel | None, prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        default = (
+            getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
+        )
+        inner = _table(field.annotation)
+        if inner is not None:
+            yield from _keys(inner, default if isinstance(default, inner) else None, f"{prefix}{name}.")
+        else:
+            is_required = defaults is None and field.is_required()
+            shown = "required" if is_required else _as_toml(default)
+            yield Key(prefix + name, _type_text(field), shown, field.description or "")
+
+
+def _table(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that is a TOML table: a model, or a model that may be absent."""
+    args = [arg for arg in typing.get_args(annotation) if arg is not types.NoneType]
+    is_optional = typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(args) == 1
+    candidate = args[0] if is_optional else annotation
+    return candidate if isinstance(candidate, type) and issubclass(candidate, BaseModel) else None
+
+
+def _type_text(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(constraint, name):g}"
+        for constraint in field.metadata
+        for name, sign in _BOUNDS.items()
+        if hasattr(constraint, name)
+    ]
+    return ", ".join([_annotation_text(field.annotation), *bounds])
+
+
+def _annotation_text(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _annotation_text(args[0])
+    if origin is typing.Literal:
+        return " | ".join(map(_as_toml, args))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_annotation_text(arg) for arg in args if arg is not types.NoneType)
+    if origin is not None:
+        inside = ", ".join("..." if arg is ... else _annotation_text(arg) for arg in args)
+        return f"{origin.__name__}[{inside}]"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " | ".join(_as_toml(member) for member in annotation)
+    return annotation.__name__.lower()
+
+
+def _as_toml(value: Any) -> str:
+    """A default as one would write it in the file; TOML has no null, so None is "not set"."""
+    match value:
+        case None:
+            return "not set"
+        case Enum():
+            return _as_toml(value.value)
+        case bool():
+            return str(value).lower()
+        case str() | Path():
+            return json.dumps(str(value), ensure_ascii=False)
+        case list() | tuple() | set():
+            return f"[{', '.join(map(_as_toml, value))}]"
+        case dict():
+            return "{" + ", ".join(f"{name} = {_as_toml(item)}" for name, item in value.items()) + "}"
+    return str(value)

@@ -1,0 +1,250 @@
+"""Batches: the right pixels for the right sample, whoever asks, and errors that say which record it was."""
+
+import io
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline import augment, order
+from data_pipeline.catalog import open_catalog
+from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.decode import Decoder, decode_all
+from data_pipeline.images import DecodeError
+from data_pipeline.loader import Loader, Share
+
+SEED = 5
+# Between two JPEG libraries; with the same one there is no difference at all.
+TOLERANCE = 1.01 / 127.5
+ALL_CHANGES = AugmentConfig(flip_probability=0.5, brightness=0.3, contrast=0.4)
+
+
+def loader(folder, share, *, first_step=0, changes=ALL_CHANGES, image_size=48, threads=1, prefetch_batches=2):
+    config = DataConfig(
+        path=folder,
+        augment=changes,
+        image_size=image_size,
+        threads=threads,
+        prefetch_batches=prefetch_batches,
+    )
+    catalog = open_catalog(folder)
+    return Loader(config, catalog, share, seed=SEED, first_step=first_step, ranks_on_node=1, device_id=None)
+
+
+def pixels_of(encoded):
+    """What the network should see of an image: [3, H, W] in [-1, 1], by Pillow."""
+    image_HWC = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32)
+    return torch.from_numpy(image_HWC.transpose(2, 0, 1) / 127.5 - 1)
+
+
+def samples(batches, steps):
+    """Sample position -> (pixels, label) of the first `steps` batches."""
+    return {
+        int(sample): (image, int(label))
+        for batch in itertools.islice(batches, steps)
+        for image, label, sample in zip(*batch, strict=True)
+    }
+
+
+def test_images_and_labels_are_those_of_the_order(dataset, jpeg):
+    plain = AugmentConfig(flip_probability=0)
+    seen = samples(loader(dataset, Share(0, 1, 6, 6), changes=plain), 4)
+    assert list(seen) == list(range(24))
+    for sample, record in enumerate(order.record_of(SEED, np.arange(24), 12)):
+        image, label = seen[sample]
+        assert label == record // 4
+        assert (image - pixels_of(jpeg(record))).abs().max() <= TOLERANCE
+
+
+def test_a_batch_has_the_types_of_the_contract(dataset):
+    images, labels, positions = next(loader(dataset, Share(0, 1, 6, 6)))
+    assert (images.shape, images.dtype) == ((6, 3, 48, 48), torch.float32)
+    assert (labels.shape, labels.dtype) == ((6,), torch.int64)
+    assert (positions.shape, positions.dtype) == ((6,), torch.int64)
+    assert images.abs().max() <= 1
+
+
+def test_each_change_is_the_one_drawn_for_the_sample(dataset, jpeg):
+    seen = samples(loader(dataset, Share(0, 1, 12, 12)), 5)
+    position_N = np.arange(60)
+    drawn = augment.of_samples(ALL_CHANGES, SEED, position_N)
+    assert 0.2 < drawn.mirror_B.mean() < 0.8
+    for sample, record in enumerate(order.record_of(SEED, position_N, 12)):
+        expected = pixels_of(jpeg(record)) * 127.5 + 127.5
+        expected = 127.5 + (expected - 127.5) * drawn.contrast_B[sample]
+        expected = (expected * drawn.brightness_B[sample]).clamp(0, 255) / 127.5 - 1
+        if drawn.mirror_B[sample]:
+            expected = expected.flip(2)
+        # DALI rounds after each change and takes 128 for the middle.
+        assert (seen[sample][0] - expected).abs().max() < 4 / 127.5
+
+
+def test_changes_are_a_function_of_seed_and_position_and_stay_in_their_ranges():
+    position_N = np.arange(4000)
+    drawn = augment.of_samples(ALL_CHANGES, SEED, position_N)
+    for i in (0, 17, 3999):
+        alone = augment.of_samples(ALL_CHANGES, SEED, position_N[i : i + 1])
+        assert [column[i] for column in drawn] == [column[0] for column in alone]
+    other = augment.of_samples(ALL_CHANGES, SEED + 1, position_N)
+    assert 0.45 < (drawn.mirror_B == other.mirror_B).mean() < 0.55
+    assert abs(drawn.mirror_B.mean() - 0.5) < 0.03
+    for factors, half_width in ((drawn.brightness_B, 0.3), (drawn.contrast_B, 0.4)):
+        assert abs(factors.min() - (1 - half_width)) < 0.01
+        assert abs(factors.max() - (1 + half_width)) < 0.01
+    never, always = (augment.of_samples(AugmentConfig(flip_probability=p), 0, position_N) for p in (0, 1))
+    assert (never.mirror_B.sum(), always.mirror_B.sum()) == (0, 4000)
+    assert np.all(never.brightness_B == 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "options"),
+    [
+        (1, 4, {}),
+        (1, 12, {"prefetch_batches": 4, "threads": 3}),
+        (2, 3, {"prefetch_batches": 1}),
+        (3, 2, {"threads": 2}),
+        (4, 3, {}),
+        (12, 1, {}),
+    ],
+)
+def test_a_sample_has_the_same_pixels_wherever_it_is_loaded(dataset, ranks, micro_batch, options):
+    expected = samples(loader(dataset, Share(0, 1, 12, 12), first_step=3), 2)
+    seen = {}
+    for rank in range(ranks):
+        share = Share(rank, ranks, 12, micro_batch)
+        part = samples(loader(dataset, share, first_step=3, **options), 2 * share.accumulation)
+        assert not seen.keys() & part.keys()
+        seen |= part
+    assert seen.keys() == expected.keys() == set(range(36, 60))
+    for sample, (image, label) in expected.items():
+        assert torch.equal(seen[sample][0], image)
+        assert seen[sample][1] == label
+
+
+@given(
+    ranks=st.sampled_from([1, 2, 3, 4]),
+    micro_batch=st.integers(1, 5),
+    rounds=st.integers(1, 4),
+    step=st.integers(0, 1000),
+)
+def test_a_step_is_the_same_samples_on_any_number_of_ranks(ranks, micro_batch, rounds, step):
+    total = ranks * micro_batch * rounds
+    shares = [Share(rank, ranks, total, micro_batch) for rank in range(ranks)]
+    parts = [share.samples(step * rounds + m) for m in range(rounds) for share in shares]
+    assert np.array_equal(np.concatenate(parts), np.arange(step * total, (step + 1) * total))
+
+
+@pytest.mark.parametrize(("share", "such_as"), [(Share(0, 3, 100, 8), 96), (Share(0, 2, 10, 8), 16)])
+def test_a_global_batch_that_does_not_divide(share, such_as):
+    message = rf"{share.global_batch} does not divide .*multiple of \d+, such as {such_as}$"
+    with pytest.raises(ValueError, match=message):
+        _ = share.accumulation
+
+
+def test_a_loader_goes_on_where_it_was_left(dataset):
+    whole = samples(loader(dataset, Share(0, 1, 4, 4)), 6)
+    cut = loader(dataset, Share(0, 1, 4, 4))
+    first, second = samples(cut, 2), samples(cut, 4)
+    assert [*first, *second] == list(whole)
+    assert all(torch.equal(image, whole[sample][0]) for sample, (image, _) in (first | second).items())
+
+
+def test_images_are_resized_to_the_configured_size(dataset):
+    images, *_ = next(loader(dataset, Share(0, 1, 4, 4), image_size=32))
+    assert images.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("prefetch_batches", [1, 3])
+def test_an_undecodable_image_is_named_after_the_batches_before_it(
+    tmp_path, write_records, jpeg, prefetch_batches
+):
+    bad = int(order.record_of(SEED, np.array([9]), 12)[0])
+    records = [(100 + i, 0.0, b"no image at all" if i == bad else jpeg(i)) for i in range(12)]
+    batches = loader(write_records(tmp_path, records), Share(0, 1, 2, 2), prefetch_batches=prefetch_batches)
+    assert len(list(itertools.islice(batches, 4))) == 4
+    message = rf"train.rec: key {100 + bad} at byte \d+ \(sample 9\) cannot be decoded: .*b'no image'; remove"
+    with pytest.raises(DecodeError, match=message):
+        next(batches)
+
+
+def test_a_cut_image_is_undecodable(tmp_path, write_records, jpeg):
+    folder = write_records(tmp_path, [(1, 0.0, jpeg(0)[:600]), (2, 0.0, jpeg(1))])
+    with pytest.raises(DecodeError, match=r"train.rec: key 1 at byte 0 .*cannot be decoded"):
+        next(loader(folder, Share(0, 1, 2, 2)))
+
+
+@pytest.mark.parametrize("error", [ValueError("no such bytes"), OSError("gone"), RuntimeError("not DALI's")])
+@pytest.mark.parametrize("prefetch_batches", [1, 3])
+def test_an_error_of_the_source_ends_the_iteration_as_it_is(jpeg, error, prefetch_batches):
+    def source(i):
+        if i == 4:
+            raise error
+        return [np.frombuffer(jpeg(i), np.uint8)], augment.none(1)
+
+    decoder = Decoder(
+        source,
+        lambda i, row: f"{i} {row}",
+        batch_size=1,
+        image_size=48,
+        threads=1,
+        prefetch_batches=prefetch_batches,
+        device_id=None,
+    )
+    with pytest.raises(type(error)) as raised:
+        list(decoder)
+    assert raised.value is error
+
+
+def test_a_damaged_record_of_several_parts_ends_the_loader_with_its_name(tmp_path, write_records, jpeg):
+    magic = b"\x0a\x23\xd7\xce"
+    folder = write_records(tmp_path, [(1, 0.0, b"head" + magic + b"tail"), (2, 0.0, jpeg(0))])
+    batches = loader(folder, Share(0, 1, 2, 2))
+    data = bytearray((folder / "train.rec").read_bytes())
+    data[36:40] = b"\0\0\0\0"  # the second part's magic, after the catalog was made
+    (folder / "train.rec").write_bytes(data)
+    with pytest.raises(ValueError, match=r"train.rec: no RecordIO frame at byte 36"):
+        next(batches)
+
+
+def test_decode_all_keeps_the_order_and_takes_any_rest(jpeg):
+    batches = list(
+        decode_all([jpeg(i) for i in range(7)], "x", batch_size=3, image_size=48, threads=2, device_id=None)
+    )
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    for i, image in enumerate(torch.cat(batches)):
+        assert (image - pixels_of(jpeg(i))).abs().max() <= TOLERANCE
+
+
+def test_decode_all_names_the_image(jpeg):
+    images = [jpeg(0), jpeg(1), jpeg(2), b"\xff\xd8 broken"]
+    with pytest.raises(DecodeError, match=r"lfw.bin: image 3 cannot be decoded"):
+        list(decode_all(images, "lfw.bin", batch_size=2, image_size=48, threads=1, device_id=None))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from data_pipeline.catalog import open_catalog
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader, Share
+
+folder = Path(sys.argv[1])
+config = DataConfig(path=folder, prefetch_batches=4, threads=3)
+share = Share(0, 1, 4, 4)
+batches = Loader(config, open_catalog(folder), share, seed=0, first_step=0, ranks_on_node=1, device_id=None)
+print(len(next(batches).label_B))
+sys.exit(7)
+"""
+
+
+def test_a_process_may_end_while_batches_are_being_decoded(dataset):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, dataset], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "4\n", "")

@@ -1,0 +1,282 @@
+"""The head in one process: streaming against the dense twin, accumulation, ignored rows, memory, errors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch.profiler import ProfilerActivity, profile
+
+from partial_fc.config import HeadConfig
+from partial_fc.head import PartialFC
+from partial_fc.optim import RowSGD
+
+# Largest error relative to the largest value. Logits go up to 64, and the slope of ArcFace to 340 at its
+# poles, so that rounding in float32 (6e-8) shows as up to 1e-4 in rare rows.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+ARCFACE, COSFACE = {"kind": "arcface", "m": 0.5}, {"kind": "cosface", "m": 0.4}
+
+
+def make_head(classes, width, dtype=torch.float64, **config):
+    return PartialFC(
+        HeadConfig(**config),
+        num_classes=classes,
+        embedding_size=width,
+        seed=5,
+        group=None,
+        device="cpu",
+        dtype=dtype,
+    )
+
+
+def batch(rows, classes, width, seed=0, dtype=torch.float64):
+    dice = torch.Generator().manual_seed(seed)
+    emb_GD = torch.randn(rows, width, generator=dice, dtype=torch.float64) * 2
+    return emb_GD.to(dtype), torch.randint(0, classes, (rows,), generator=dice)
+
+
+def assert_close(found, expected, tolerance, least=0.0):
+    error, largest = (found - expected).abs().max(), max(float(expected.abs().max()), least)
+    assert error <= tolerance * largest, f"error {error:.1e} in numbers up to {largest:.1e}"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    classes=st.integers(1, 60),
+    width=st.integers(2, 24),
+    tile=st.none() | st.integers(1, 64),
+    kind=st.sampled_from([ARCFACE, COSFACE]),
+    scale=st.sampled_from([1.0, 30.0, 64.0]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    ignored=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_streaming_equals_the_dense_twin(rows, classes, width, tile, kind, scale, dtype, ignored, seed):
+    emb_GD, label_G = batch(rows, classes, width, seed, dtype)
+    label_G[:ignored] = -1
+    found, expected = (
+        make_head(classes, width, dtype, margin=kind, scale=scale, backend=backend, tile=tile)
+        for backend in ("streaming", "dense")
+    )
+    for _ in range(2):
+        (loss, grad_GD), (expected_loss, expected_grad_GD) = (
+            head.forward_backward(emb_GD, label_G) for head in (found, expected)
+        )
+        assert loss.dtype == grad_GD.dtype == dtype
+        assert_close(loss, expected_loss, TOLERANCE[dtype], least=scale)
+        assert_close(grad_GD, expected_grad_GD, TOLERANCE[dtype], least=1e-2 * scale / rows)
+        found.step(1e-3)
+        expected.step(1e-3)
+    for name, tensor in expected.logical_state().items():
+        assert_close(found.logical_state()[name], tensor, TOLERANCE[dtype], least=scale * 1e-2)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "dense"])
+@pytest.mark.parametrize("kind", [ARCFACE, COSFACE])
+def test_gradients_are_those_of_the_loss_that_is_returned(backend, kind):
+    """By finite differences, so that nothing is shared with either backend."""
+    head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, weight_decay=0.0, momentum=0.0)
+    emb_GD, label_G = batch(5, 9, 6)
+    label_G[3] = -1
+    h, before_RD = 1e-6, head.weight_RD.clone()
+
+    def loss_at(emb_GD, weight_RD):
+        head.weight_RD.copy_(weight_RD)
+        return head.forward_backward(emb_GD, label_G)[0].item()
+
+    def slope(of, tensor):
+        numbers, slopes = tensor.clone(), torch.empty_like(tensor)
+        for i in range(tensor.numel()):
+            at = numbers.view(-1)
+            middle = at[i].item()
+            at[i] = middle + h
+            above = of(numbers)
+            at[i] = middle - h
+            slopes.view(-1)[i] = (above - of(numbers)) / (2 * h)
+            at[i] = middle
+        return slopes
+
+    by_emb_GD = slope(lambda emb_GD: loss_at(emb_GD, before_RD), emb_GD)
+    by_weight_RD = slope(lambda weight_RD: loss_at(emb_GD, weight_RD), before_RD)
+    head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, weight_decay=0.0, momentum=0.0)
+    _, grad_GD = head.forward_backward(emb_GD, label_G)
+    head.step(1.0)
+    assert_close(grad_GD, by_emb_GD, 1e-6)
+    assert_close(before_RD - head.weight_RD, by_weight_RD, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "dense"])
+def test_micro_batches_give_what_their_concatenation_gives(backend):
+    parts, whole = (make_head(30, 8, backend=backend, tile=7) for _ in range(2))
+    for step in range(3):
+        emb_GD, label_G = batch(12, 30, 8, seed=step)
+        loss, grad_GD = whole.forward_backward(emb_GD, label_G)
+        micro = [parts.forward_backward(emb_GD[i::3], label_G[i::3], share=1 / 3) for i in range(3)]
+        assert_close(torch.stack([part[0] for part in micro]).mean(), loss, 1e-12)
+        for i in range(3):
+            assert_close(micro[i][1], grad_GD[i::3], 1e-12)
+        whole.step(0.1)
+        parts.step(0.1)
+    for name, tensor in whole.logical_state().items():
+        assert_close(parts.logical_state()[name], tensor, 1e-12)
+
+
+def test_micro_batches_average_over_their_own_counted_rows():
+    """The documented weights when numbers of ignored rows differ: 1/2 per micro-batch, not 1/4 per row."""
+    emb_GD, label_G = batch(6, 10, 8)
+    label_G[3:5] = -1
+    head, one, other = (make_head(10, 8, momentum=0.0, weight_decay=0.0) for _ in range(3))
+    for part in (slice(0, 3), slice(3, 6)):
+        head.forward_backward(emb_GD[part], label_G[part], share=0.5)
+    one.forward_backward(emb_GD[:3], label_G[:3])
+    other.forward_backward(emb_GD[5:], label_G[5:])
+    before_RD = head.weight_RD.clone()
+    for each in (head, one, other):
+        each.step(1.0)
+    assert_close(head.weight_RD, before_RD + ((one.weight_RD + other.weight_RD) / 2 - before_RD), 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "dense"])
+@pytest.mark.parametrize("held", [1.0, float("nan"), float("inf")])
+def test_ignored_rows_add_neither_loss_nor_gradient_whatever_they_hold(backend, held):
+    emb_GD, label_G = batch(8, 20, 6)
+    without, with_ignored = (make_head(20, 6, backend=backend, tile=6) for _ in range(2))
+    loss, grad_GD = without.forward_backward(emb_GD[:5], label_G[:5])
+    emb_GD[5:], label_G[5:] = held, -1
+    loss_too, grad_too_GD = with_ignored.forward_backward(emb_GD, label_G)
+    assert_close(loss_too, loss, 1e-12)
+    assert_close(grad_too_GD[:5], grad_GD, 1e-12)
+    assert (grad_too_GD[5:] == 0).all()
+    without.step(0.1)
+    with_ignored.step(0.1)
+    assert_close(with_ignored.weight_RD, without.weight_RD, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "dense"])
+def test_a_batch_without_a_counted_row_moves_rows_by_decay_alone(backend):
+    head = make_head(20, 6, backend=backend, weight_decay=0.01)
+    before_RD = head.weight_RD.clone()
+    loss, grad_GD = head.forward_backward(torch.randn(3, 6), torch.full((3,), -1))
+    head.step(0.5)
+    assert loss == 0
+    assert (grad_GD == 0).all()
+    assert_close(head.weight_RD, before_RD * (1 - 0.5 * 0.01), 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "dense"])
+def test_an_embedding_of_zeros_has_no_gradient(backend):
+    head = make_head(20, 6, backend=backend)
+    loss, grad_GD = head.forward_backward(torch.zeros(2, 6), torch.tensor([3, 4]))
+    assert loss.isfinite()
+    assert (grad_GD == 0).all()
+
+
+@pytest.mark.parametrize("label", [-2, 20, 2**40])
+def test_a_label_outside_the_classes_is_an_error_that_names_the_row(label):
+    emb_GD, label_G = batch(8, 20, 6)
+    label_G[4] = label
+    with pytest.raises(ValueError, match=rf"row 4 .* label {label}: expected 0 to 19, or -1"):
+        make_head(20, 6).forward_backward(emb_GD, label_G)
+
+
+@pytest.mark.parametrize(
+    ("emb_GD", "label_G"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3, 6), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(3, 6), torch.zeros(3, 1, dtype=torch.int64)),
+        (torch.zeros(3, 6), torch.zeros(3, dtype=torch.int32)),
+    ],
+)
+def test_other_shapes_and_types_are_refused(emb_GD, label_G):
+    with pytest.raises(ValueError, match=r"expected embeddings \[G, 6\] and int64 labels \[G\], found"):
+        make_head(20, 6).forward_backward(emb_GD, label_G)
+
+
+def test_a_head_without_classes_and_a_wrong_key_are_refused():
+    with pytest.raises(ValueError, match="0 classes"):
+        make_head(0, 6)
+    with pytest.raises(ValidationError, match="scal"):
+        HeadConfig(scal=3)
+
+
+def test_sgd_is_that_of_torch():
+    weight_RD, grads = torch.randn(5, 3), torch.randn(4, 5, 3)
+    ours, theirs = weight_RD.clone(), torch.nn.Parameter(weight_RD.clone())
+    rows, torch_sgd = (
+        RowSGD(ours, 0.9, 0.01),
+        torch.optim.SGD([theirs], lr=1.0, momentum=0.9, weight_decay=0.01),
+    )
+    for grad_RD, rate in zip(grads, (0.1, 0.2, 0.3, 0.05), strict=True):
+        for part in (slice(0, 2), slice(2, 5)):
+            rows.update(part, grad_RD[part], rate)
+        theirs.grad, torch_sgd.param_groups[0]["lr"] = grad_RD, rate
+        torch_sgd.step()
+    torch.testing.assert_close(ours, theirs.data)
+
+
+def test_rows_at_the_start_depend_on_seed_and_class_alone():
+    few, many = (make_head(classes, 16, torch.float32).weight_RD for classes in (1500, 5000))
+    assert torch.equal(few, many[:1500])
+    assert abs(float(many.std()) - 0.01) < 1e-4
+    assert abs(float(many.mean())) < 1e-4
+    assert len(many.unique(dim=0)) == 5000
+
+
+def test_streaming_is_bitwise_repeatable():
+    def train():
+        head = make_head(700, 32, torch.float32, tile=96)
+        seen = []
+        for step in range(3):
+            seen += head.forward_backward(*batch(16, 700, 32, step, torch.float32))
+            head.step(0.1)
+        return [*seen, *head.logical_state().values()]
+
+    assert all(torch.equal(one, other) for one, other in zip(train(), train(), strict=True))
+
+
+def test_training_reaches_a_small_loss_even_from_the_far_side():
+    """Samples that begin opposite to their class, beyond theta + m = pi, are pulled over."""
+    head = make_head(4, 8, margin=ARCFACE, scale=16.0, weight_decay=0.0)
+    emb_GD, label_G = -head.weight_RD.clone(), torch.arange(4)
+    first = head.forward_backward(emb_GD, label_G)[0]
+    head.step(1e-4)
+    for _ in range(200):
+        loss, _ = head.forward_backward(emb_GD, label_G)
+        head.step(1e-4)
+    assert first > 16
+    assert loss < 0.1
+
+
+def peak_bytes(work):
+    """The most that PyTorch's CPU allocator held during `work` beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_streaming_allocates_neither_logits_nor_weight_gradient(accumulation):
+    rows, classes, width, tile = 64, 200_000, 16, 2000
+    emb_GD, label_G = batch(rows, classes, width, dtype=torch.float32)
+
+    def step(backend):
+        head = make_head(classes, width, torch.float32, backend=backend, tile=tile)
+
+        def work():
+            for _ in range(accumulation):
+                head.forward_backward(emb_GD, label_G, share=1 / accumulation)
+            head.step(0.1)
+
+        return work
+
+    logits_bytes, gradient_bytes = 4 * rows * classes, 4 * classes * width
+    expected_bytes = 4 * (rows * tile + 4 * tile * width + (8 + accumulation) * rows * width)
+    assert peak_bytes(step("dense")) > logits_bytes + gradient_bytes
+    assert peak_bytes(step("streaming")) < 1.1 * expected_bytes < gradient_bytes / 10

@@ -1,0 +1,68 @@
+"""The configuration files of the repository, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import settings
+from trainer.config import RunConfig, differences, micro_batch
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*.toml") if path.name != "demo_data.toml")
+
+
+def load(*overrides):
+    return settings.load(RunConfig, CONFIGS / "demo.toml", overrides)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_are_valid(path):
+    config = settings.load(RunConfig, path)
+    assert config.backbone.name == "lgaf"
+    assert config.total_steps(records=1_000_000) > 0
+
+
+def test_an_unknown_key_is_named_with_the_nearest_valid_one():
+    with pytest.raises(
+        ValueError, match=r"unknown key optimizer\.learning_rat; did you mean .*learning_rate"
+    ):
+        load("optimizer.learning_rat=0.1")
+
+
+@pytest.mark.parametrize(("override", "found"), [("epochs=2", "both"), ("steps=0", "steps")])
+def test_the_length_is_said_once(override, found):
+    with pytest.raises(ValueError, match=found):
+        load(override)
+
+
+def test_epochs_become_whole_steps():
+    config = settings.load(RunConfig, CONFIGS / "lgaf_r100_webface42m.toml")
+    assert config.total_steps(42_474_557) == 207_396  # 20 x 42,474,557 / 4096 = 207,395.3
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro", "expected"), [(1, 64, 64), (2, 64, 64), (2, 50, 32), (4, 64, 32), (1, 1000, 128)]
+)
+def test_micro_batch(world_size, micro, expected):
+    assert micro_batch(load(f"micro_batch={micro}"), world_size) == expected
+
+
+def test_a_global_batch_that_does_not_divide_names_the_sizes_that_work():
+    with pytest.raises(
+        ValueError, match=r"global_batch of 128 does not divide by 3 ranks: use .*2.*4 .*ranks"
+    ):
+        micro_batch(load(), 3)
+
+
+def test_differences_name_only_what_changes_the_result():
+    before = load().model_dump(mode="json")
+    now = load("optimizer.learning_rate=0.3", "metrics.port=1", "run_dir=elsewhere").model_dump(mode="json")
+    assert differences(before, now) == ["optimizer.learning_rate: 0.1 -> 0.3"]
+    assert differences(before, before) == []
+
+
+def test_a_key_that_is_new_or_gone_is_a_difference():
+    before = load().model_dump(mode="json")
+    now = {key: value for key, value in before.items() if key != "seed"}
+    assert differences(before, now) == ["seed: 1 -> absent"]
+    assert differences(now, before) == ["seed: absent -> 1"]

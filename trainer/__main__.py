@@ -1,0 +1,102 @@
+"""The command line: `lgaf` and `python -m trainer`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline import commands, settings
+
+# What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train face-recognition networks: LGAF on DALI, DeepSpeed and a model-parallel Partial FC.",
+)
+app.add_typer(commands.app, name="data")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lgaf {version('lgaf')}")
+        raise typer.Exit
+
+
+def _show_keys(wanted: bool) -> None:
+    if wanted:
+        from trainer.config import RunConfig
+
+        typer.echo(settings.help_text(RunConfig))
+        raise typer.Exit
+
+
+@app.callback()
+def lgaf(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train face-recognition networks: LGAF on DALI, DeepSpeed and a model-parallel Partial FC."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="configuration file (TOML), such as configs/demo.toml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change one key; may be given several times"),
+    ] = None,
+    help_config: Annotated[
+        bool,
+        typer.Option(
+            "--help-config", callback=_show_keys, is_eager=True, help="Show every key of the configuration."
+        ),
+    ] = False,
+) -> None:
+    """Train a network, or go on with the run that the run directory holds.
+
+    Works alone, under torchrun and under Slurm's srun: it finds the other ranks from what these tell it.
+    """
+    from trainer import job
+
+    job.train(config, overrides or [])
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="a checkpoint's folder, or a run directory (its newest)")
+    ],
+    pairs: Annotated[
+        list[Path], typer.Option("--pairs", help="verification file (.bin); may be given several times")
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="images embedded at once, per rank")] = 64,
+) -> None:
+    """Verify pairs of faces with a trained network: flip test, ten folds. Prints JSON."""
+    from trainer import job
+
+    results = job.evaluate(checkpoint, pairs, batch_size)
+    if results is not None:
+        typer.echo(json.dumps({name: result.summary() for name, result in results.items()}, indent=2))
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on standard error and exit code 1."""
+    for entry in entry_points(group="lgaf.commands"):
+        app.command(entry.name)(entry.load())
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"lgaf: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

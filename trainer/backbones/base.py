@@ -1,0 +1,63 @@
+"""What the trainer sees of any network: images in, an embedding and the norms of its branches out.
+
+A network knows nothing of ranks. Statistics over the whole batch are therefore not its business: it returns
+the norms, the training step gathers them and hands all of them to `update_statistics`, the same on every
+rank; `forward` only reads what was accumulated.
+
+Shapes: B images of one rank, G of the global batch; C channels, H x W pixels or cells; D the embedding's
+length; K branches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What a network says of B images, in float32.
+
+    `emb_BD`: the embedding; its direction says who, its length how good the image is. `norm_BK`: the feature
+    norm of each branch, detached; no columns (K = 0) where a network has no branches.
+    """
+
+    emb_BD: Tensor
+    norm_BK: Tensor
+
+
+class Backbone(nn.Module):
+    """A network for square images of one size, in [-1, 1]."""
+
+    embedding_size: int
+    branches: int
+
+    def forward(self, images_BCHW: Tensor) -> Features:
+        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        raise NotImplementedError
+
+    def update_statistics(self, norm_GK: Tensor) -> None:
+        """Accumulate the norms of one global batch; nothing for a network without branches."""
+        assert norm_GK.shape[1] == self.branches == 0
+
+
+def check_size(images_BCHW: Tensor, image_size: int) -> None:
+    """Raise ValueError unless the images are square and of `image_size` pixels."""
+    height, width = images_BCHW.shape[-2:]
+    if (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"the network was built for images of {image_size}x{image_size} pixels, found {height}x{width}; "
+            "resize them, or set data.image_size and train anew"
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for torch.optim: matrices and kernels with decay; biases, norms' weights and PReLU without.
+
+    Frozen parameters are in neither.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,93 @@
+"""What the user says about the network: the keys under `[backbone]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Depth = Literal[18, 34, 50, 100, 200]
+
+# Blocks of the four stages, as in InsightFace's iresnet18 to iresnet200.
+BLOCKS_OF_DEPTH: dict[Depth, tuple[int, int, int, int]] = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    200: (6, 26, 60, 6),
+}
+
+
+class MHMSConfig(BaseModel):
+    """The local branch, multi-head multi-scale feature extraction; used by name = "lgaf"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: Literal[2, 3, 4] = Field(3, description="stage of the trunk whose output the heads read")
+    heads: tuple[tuple[int, ...], ...] = Field(
+        ((1, 3), (3, 5), (5, 7)),
+        min_length=1,
+        description="one list per head: the kernel sizes of its parallel convolutions, cells, odd",
+    )
+    head_reduction: int = Field(2, ge=1, description="the stage's channels divided by those of one head")
+    attention_reduction: int = Field(
+        16, ge=1, description="r: a head's channels divided by those inside its two attentions"
+    )
+    grid: int = Field(1, ge=1, description="side of the grid of cells into which a head's map is averaged")
+
+    @field_validator("heads")
+    @classmethod
+    def _check_heads(cls, heads: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        for number, kernels in enumerate(heads):
+            if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+                raise ValueError(
+                    f"head {number} has kernel sizes {list(kernels)}, expected at least one, each odd and "
+                    "positive, so that the map keeps its size; an example: [[1, 3], [3, 5]]"
+                )
+        return heads
+
+
+class LGFConfig(BaseModel):
+    """The fusion of the branches by their feature norms; used by name = "lgaf"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attention_scale: float = Field(
+        1.0, ge=0, description="logit of attention per standard deviation of feature norm; 0 is equal weights"
+    )
+    clip: float = Field(
+        3.0, gt=0, description="largest size of a standardised feature norm, standard deviations"
+    )
+    momentum: float = Field(
+        0.01, gt=0, le=1, description="share of the newest batch in the running statistics of the norms"
+    )
+
+
+class BackboneConfig(BaseModel):
+    """The network that turns an image into an embedding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["lgaf", "iresnet"] = Field("lgaf", description="network: lgaf, or its trunk alone, iresnet")
+    depth: Depth = Field(100, description="layers of the trunk")
+    blocks: tuple[int, int, int, int] | None = Field(
+        None, description="residual blocks of the four stages; by default those of `depth`"
+    )
+    width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4 and 8 times as many")
+    stem_stride: Literal[1, 2] = Field(1, description="stride of the first convolution, pixels")
+    embedding_size: int = Field(512, ge=1, description="length of the embedding")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of zeroed inputs of the last linear layers")
+    mhms: MHMSConfig = Field(MHMSConfig(), description="the local branch of lgaf")
+    lgf: LGFConfig = Field(LGFConfig(), description="the fusion of lgaf's branches")
+
+    @field_validator("blocks")
+    @classmethod
+    def _check_blocks(cls, blocks: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+        if blocks is not None and min(blocks) < 1:
+            raise ValueError(f"blocks is {list(blocks)}, expected at least one block in each stage")
+        return blocks
+
+    @property
+    def stage_blocks(self) -> tuple[int, int, int, int]:
+        """Residual blocks of the four stages."""
+        return self.blocks or BLOCKS_OF_DEPTH[self.depth]

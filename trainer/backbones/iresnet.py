@@ -1,0 +1,126 @@
+"""InsightFace's IResNet: improved residual blocks, and a linear layer over all cells of the last map.
+
+    images -> stem -> four stages, each halving the side -> BN, dropout, fc, BN -> embedding
+
+Parameters have InsightFace's names and shapes (recognition/arcface_torch/backbones/iresnet.py), so that its
+published checkpoints load here and ours load there; so has the initialisation its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.backbones.base import Backbone, Features, check_size
+
+STAGES = 4
+_CONV_STD = 0.1
+
+
+class IResNet(Backbone):
+    """IResNet with four stages of `blocks` blocks and `width` x 1, 2, 4, 8 channels."""
+
+    branches = 0
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        image_size: int,
+        *,
+        width: int = 64,
+        stem_stride: int = 1,
+        embedding_size: int = 512,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.embedding_size = image_size, embedding_size
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.prelu = nn.PReLU(width)
+        self.channels = [width << stage for stage in range(STAGES)]
+        inputs = [width, *self.channels]
+        self.layer1 = _stage(inputs[0], self.channels[0], blocks[0])
+        self.layer2 = _stage(inputs[1], self.channels[1], blocks[1])
+        self.layer3 = _stage(inputs[2], self.channels[2], blocks[2])
+        self.layer4 = _stage(inputs[3], self.channels[3], blocks[3])
+        self.bn2 = nn.BatchNorm2d(self.channels[-1])
+        self.dropout = nn.Dropout(dropout)
+        side = -(-image_size // (stem_stride << STAGES))
+        self.fc = nn.Linear(self.channels[-1] * side**2, embedding_size)
+        self.features = feature_norm(embedding_size)
+        initialise(self)
+
+    def forward(self, images_BCHW: Tensor) -> Features:
+        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        emb_BD = self.embed(self.maps(images_BCHW)[-1])
+        return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0))
+
+    def maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """The outputs of the four stages."""
+        check_size(images_BCHW, self.image_size)
+        maps = [self.prelu(self.bn1(self.conv1(images_BCHW)))]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps.append(stage(maps[-1]))
+        return maps[1:]
+
+    def embed(self, map_BCHW: Tensor) -> Tensor:
+        """The embedding [B, D] of the last stage's map, in float32."""
+        cells = self.dropout(self.bn2(map_BCHW).flatten(1))
+        return project(cells, self.fc, self.features)
+
+
+class IBasicBlock(nn.Module):
+    """BN, conv, BN, PReLU, conv (which takes the stride), BN, added to the input or its projection."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride != 1 or inputs != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """The block's output; half the side if the stride is 2."""
+        out = self.prelu(self.bn2(self.conv1(self.bn1(map_BCHW))))
+        out = self.bn3(self.conv2(out))
+        return out + (map_BCHW if self.downsample is None else self.downsample(map_BCHW))
+
+
+def _stage(inputs: int, channels: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(IBasicBlock(inputs if i == 0 else channels, channels, 2 if i == 0 else 1) for i in range(blocks))
+    )
+
+
+def feature_norm(size: int) -> nn.BatchNorm1d:
+    """The last BN of a branch: its weight is 1 and not trained, so that only the bias moves."""
+    norm = nn.BatchNorm1d(size)
+    norm.weight.requires_grad = False
+    return norm
+
+
+def project(cells_BN: Tensor, fc: nn.Linear, norm: nn.BatchNorm1d) -> Tensor:
+    """Linear layer and BN in the parameters' precision, whatever autocast says; the result in float32.
+
+    Feature norms are read from this, for which the 8 bits of bfloat16 are too few.
+    """
+    with torch.autocast(cells_BN.device.type, enabled=False):
+        return norm(fc(cells_BN.to(fc.weight.dtype))).float()
+
+
+def initialise(model: nn.Module) -> None:
+    """Kernels normal with deviation 0.1, their biases 0; all else as torch has it (BN: 1 and 0)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0, _CONV_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

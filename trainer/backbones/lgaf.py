@@ -1,0 +1,179 @@
+"""LGAF (arXiv 2411.16169): local and global features of a face, fused by how good each of them is.
+
+    images -> trunk -+-> last stage --> GFE: BN, fc, BN ---------> global feature -+-> LGF -> embedding
+                     +-> stage 3 -----> MHMS: heads, pool, fc, BN -> local feature -+
+
+A feature's norm tells its quality. LGF standardises each branch's norm by running statistics, turns both
+into attention weights, and adds the unit features with these weights. `docs/lgaf.md` says which of this the
+paper states and which is our reading. Branches are always in the order global, local.
+
+Shapes: as in `base`; K = 2 branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.backbones.base import Backbone, Features
+from trainer.backbones.config import LGFConfig, MHMSConfig
+from trainer.backbones.iresnet import IResNet, feature_norm, initialise, project
+
+GLOBAL, LOCAL = 0, 1
+_EPS = 1e-3
+
+
+class Fusion(NamedTuple):
+    """What LGF makes of B images: embedding, and per branch norm, standardised norm and attention weight."""
+
+    emb_BD: Tensor
+    norm_BK: Tensor
+    quality_BK: Tensor
+    weight_BK: Tensor
+
+
+class LGAF(Backbone):
+    """An IResNet trunk with its own embedding as the global branch, MHMS as the local one, and LGF."""
+
+    branches = 2
+
+    def __init__(self, trunk: IResNet, mhms: MHMSConfig, lgf: LGFConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding_size = trunk.embedding_size
+        self.trunk = trunk
+        self.mhms = MHMS(trunk.channels[mhms.stage - 1], trunk.embedding_size, mhms, dropout)
+        self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
+        self._stage = mhms.stage - 1
+
+    def forward(self, images_BCHW: Tensor) -> Features:
+        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        fusion = self.fuse(images_BCHW)
+        return Features(fusion.emb_BD, fusion.norm_BK)
+
+    def fuse(self, images_BCHW: Tensor) -> Fusion:
+        """The same with both qualities and attention weights."""
+        maps = self.trunk.maps(images_BCHW)
+        branches = [self.trunk.embed(maps[-1]), self.mhms(maps[self._stage])]
+        return self.lgf(torch.stack(branches, dim=1))
+
+    def update_statistics(self, norm_GK: Tensor) -> None:
+        """Accumulate the norms of one global batch into LGF's running statistics."""
+        self.lgf.update_statistics(norm_GK)
+
+
+class LGF(nn.Module):
+    """Local and global feature fusion: attention by feature norm, over K branches of D features."""
+
+    norm_mean: Tensor
+    norm_std: Tensor
+
+    def __init__(self, size: int, branches: int, config: LGFConfig) -> None:
+        super().__init__()
+        self._config = config
+        # A feature leaves its BN with variance 1 in each of its entries, hence with this norm. The deviation
+        # starts wide, so that attention starts near equal weights.
+        self.register_buffer("norm_mean", torch.full((branches,), math.sqrt(size)))
+        self.register_buffer("norm_std", torch.full((branches,), math.sqrt(size)))
+
+    def forward(self, feature_BKD: Tensor) -> Fusion:
+        """Fuse the branches' features; the embedding is as long as the attended mean of their norms."""
+        with torch.autocast(feature_BKD.device.type, enabled=False):
+            norm_BK = feature_BKD.detach().norm(dim=2)
+            quality_BK = ((norm_BK - self.norm_mean) / (self.norm_std + _EPS)).clamp(
+                -self._config.clip, self._config.clip
+            )
+            weight_BK = F.softmax(self._config.attention_scale * quality_BK, dim=1)
+            fused_BD = (weight_BK[:, :, None] * F.normalize(feature_BKD, dim=2)).sum(1)
+            length_B1 = (weight_BK * norm_BK).sum(1, keepdim=True)
+            return Fusion(length_B1 * F.normalize(fused_BD, dim=1), norm_BK, quality_BK, weight_BK)
+
+    @torch.no_grad()
+    def update_statistics(self, norm_GK: Tensor) -> None:
+        """Move the running statistics towards those of one global batch."""
+        mean_K, std_K = batch_statistics(norm_GK)
+        self.norm_mean.lerp_(mean_K, self._config.momentum)
+        self.norm_std.lerp_(std_K, self._config.momentum)
+
+
+def batch_statistics(norm_GK: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [K] of each branch's norms; float32, summed in float64: order is no matter."""
+    std_K, mean_K = torch.std_mean(norm_GK.double(), dim=0, correction=0)
+    return mean_K.float(), std_K.float()
+
+
+class MHMS(nn.Module):
+    """Multi-head multi-scale local feature extraction: a map [B, C, H, W] to the local feature [B, D]."""
+
+    def __init__(self, inputs: int, size: int, config: MHMSConfig, dropout: float) -> None:
+        super().__init__()
+        channels = max(1, inputs // config.head_reduction)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                MSNet(inputs, channels, kernels),
+                LANet(channels, config.attention_reduction),
+                SE(channels, config.attention_reduction),
+                nn.AdaptiveAvgPool2d(config.grid),
+            )
+            for kernels in config.heads
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(len(config.heads) * channels * config.grid**2, size)
+        self.features = feature_norm(size)
+        initialise(self)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """The local feature, in float32."""
+        pooled_BN = torch.cat([head(map_BCHW).flatten(1) for head in self.heads], dim=1)
+        return project(self.dropout(pooled_BN), self.fc, self.features)
+
+
+class MSNet(nn.Module):
+    """Convolutions of several kernel sizes side by side on one map, fused by a 1x1 convolution."""
+
+    def __init__(self, inputs: int, channels: int, kernels: Sequence[int]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(_conv_bn_prelu(inputs, channels, kernel) for kernel in kernels)
+        self.fuse = _conv_bn_prelu(len(kernels) * channels, channels, 1)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """A map of the same height and width."""
+        return self.fuse(torch.cat([scale(map_BCHW) for scale in self.scales], dim=1))
+
+
+def _conv_bn_prelu(inputs: int, channels: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.PReLU(channels))
+
+
+class LANet(nn.Module):
+    """Spatial attention: every cell is scaled by one number in (0, 1) that its own channels decide."""
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        inner = max(1, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, inner, 1)
+        self.excite = nn.Conv2d(inner, 1, 1)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """The attended map."""
+        return map_BCHW * torch.sigmoid(self.excite(F.relu(self.squeeze(map_BCHW))))
+
+
+class SE(nn.Module):
+    """Channel attention: every channel is scaled by one number in (0, 1) that all channels' means decide."""
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        inner = max(1, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, inner, 1)
+        self.excite = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """The attended map."""
+        mean_BC11 = F.adaptive_avg_pool2d(map_BCHW, 1)
+        return map_BCHW * torch.sigmoid(self.excite(F.relu(self.squeeze(mean_BC11))))

@@ -1,0 +1,160 @@
+"""A whole run: the rooms' configurations side by side, and the few keys that belong to none of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_pipeline.config import DataConfig
+from partial_fc.config import HeadConfig
+from trainer.backbones.config import BackboneConfig
+
+# Keys that say where and how a run is executed, not what is computed: a continued run may change them.
+MAY_CHANGE = (
+    "run_dir",
+    "micro_batch",
+    "log_every_steps",
+    "data.path",
+    "data.threads",
+    "data.prefetch_batches",
+    "engine.zero_stage",
+    "checkpoint",
+    "evaluation",
+    "metrics",
+)
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; a configuration does not change once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerConfig(Strict):
+    """SGD for the backbone, and the learning rate of backbone and head."""
+
+    learning_rate: float = Field(0.1, gt=0, description="learning rate after the warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the backbone's SGD")
+    weight_decay: float = Field(
+        5e-4, ge=0, description="decay of the backbone's weights; norms, biases and PReLU slopes have none"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
+    power: float = Field(2.0, ge=0, description="exponent of the polynomial decay after the warm-up")
+
+
+class EngineConfig(Strict):
+    """How the backbone runs on the devices."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what DeepSpeed ZeRO divides over the ranks: 1 moments, 2 gradients too, 3 weights too"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="type of the backbone's matrix products; auto is bf16 on a GPU that has it"
+    )
+
+
+class CheckpointConfig(Strict):
+    """When the state of the run is saved."""
+
+    every_steps: int = Field(1000, ge=1, description="steps between checkpoints; the last step has one too")
+    keep: int = Field(3, ge=1, description="number of newest checkpoints that are kept")
+
+
+class EvaluationConfig(Strict):
+    """Verification sets, looked at before the first step, during training and after the last."""
+
+    sets: list[Path] = Field(
+        [], description="verification files (.bin); a relative one is looked for in data.path"
+    )
+    every_steps: int = Field(2000, ge=1, description="steps between evaluations")
+    batch_size: int = Field(64, ge=1, description="images embedded at once, per rank")
+
+
+class MetricsConfig(Strict):
+    """Prometheus metrics, served by one rank of every node while it trains."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens it to the network")
+    port: int = Field(9400, ge=0, le=65535, description="TCP port; 0 takes any free one and says which")
+
+
+class RunConfig(Strict):
+    """One training run."""
+
+    run_dir: Path = Field(description="folder of the run: checkpoints, metrics, results, report")
+    seed: int = Field(1, ge=0, description="all randomness of the run is a function of it and of positions")
+    global_batch: int = Field(ge=1, description="images per step, over all ranks")
+    micro_batch: int = Field(
+        64, ge=1, description="most images that a rank takes at once; more per step are accumulated"
+    )
+    steps: int | None = Field(None, ge=1, description="length of the run in steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data")
+    log_every_steps: int = Field(10, ge=1, description="steps between two looks at the losses")
+    data: DataConfig
+    backbone: BackboneConfig = BackboneConfig()
+    head: HeadConfig = HeadConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> RunConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                "expected a length, either `steps` or `epochs`, found "
+                + ("neither" if self.steps is None else "both")
+            )
+        return self
+
+    def total_steps(self, records: int) -> int:
+        """Steps of the run on a dataset of `records` images; the last step of `epochs` is a whole one."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return math.ceil(self.epochs * records / self.global_batch)
+
+    def verification_files(self) -> dict[str, Path]:
+        """Name of each verification set -> its file."""
+        return {path.stem: self.data.path / path for path in self.evaluation.sets}
+
+
+def micro_batch(config: RunConfig, world_size: int) -> int:
+    """The largest micro-batch within the configured one that divides a rank's part of the global batch.
+
+    Raises ValueError, with the world sizes that work, if the global batch does not divide by the ranks.
+    """
+    per_rank, rest = divmod(config.global_batch, world_size)
+    if rest:
+        fitting = [n for n in range(1, config.global_batch + 1) if config.global_batch % n == 0]
+        near = sorted(fitting, key=lambda n: abs(n - world_size))[:4]
+        raise ValueError(
+            f"a global_batch of {config.global_batch} does not divide by {world_size} ranks: use "
+            f"{' or '.join(map(str, sorted(near)))} ranks, or a multiple of {world_size} as global_batch"
+        )
+    return next(m for m in range(min(per_rank, config.micro_batch), 0, -1) if per_rank % m == 0)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lines `key: before -> now` of the keys that differ and matter to what is computed."""
+    flat_before, flat_now = _flatten(before), _flatten(now)
+    keys = [key for key in {**flat_before, **flat_now} if not _may_change(key)]
+    return [
+        f"{key}: {flat_before.get(key, 'absent')} -> {flat_now.get(key, 'absent')}"
+        for key in keys
+        if flat_before.get(key, "absent") != flat_now.get(key, "absent")
+    ]
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,192 @@
+"""The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD. The only import of deepspeed.
+
+    emb_BD, norm_BK = engine.forward(images_BCHW)       remembers what backward needs
+    engine.backward(emb_BD, grad_BD)                    adds to the gradients
+    engine.step(learning_rate)                          averages over ranks, updates, forgets
+
+Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
+Weights stay float32 at every ZeRO stage; bfloat16 is autocast's, so norms and moments do not lose digits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+# Read when DeepSpeed is imported; it would look for a GPU itself, and warn where there is none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from trainer.backbones import Backbone, Features, parameter_groups
+from trainer.config import EngineConfig, OptimizerConfig
+
+_MOMENTUM = "momentum_buffer"
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed calls torch's collectives by names that have newer ones.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+# Compiled at the first use on a CPU, for collectives that are not used here; and a process that is killed
+# while it compiles leaves a lock behind for which all later runs would wait.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Engine:
+    """A backbone being trained. `model` is given with its initial (or loaded) weights, the same on all ranks.
+
+    `momentum` holds the moments to go on from, by parameter name; None starts at zero.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        *,
+        micro_batch: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        momentum: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.device = device
+        self._group, self._world_size = group, dist.get_world_size(group)
+        self._names = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        self._stage = engine.zero_stage
+        sgd = torch.optim.SGD(
+            parameter_groups(model, optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            momentum=optimizer.momentum,
+        )
+        self.is_bf16 = uses_bf16(engine, device)
+        self._engine = _initialize(model, sgd, self.is_bf16, self._stage, micro_batch, device)
+        self.model = model
+        self._create_momentum(momentum)
+
+    def forward(self, images_BCHW: torch.Tensor) -> Features:
+        """Embeddings float32 [B, D], attached to the graph, and branch norms [B, K]."""
+        features: Features = self._engine(images_BCHW)
+        return Features(features.emb_BD.float(), features.norm_BK)
+
+    def backward(self, emb_BD: torch.Tensor, grad_BD: torch.Tensor) -> None:
+        """Continue from the gradient of the global mean loss with respect to this rank's embeddings.
+
+        DeepSpeed averages the ranks' gradients, where the loss, a mean over all ranks' samples, needs their
+        sum: the number of ranks is put back here, and only here.
+        """
+        # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BD is the factor itself.
+        self._engine.backward((emb_BD * (grad_BD * self._world_size)).sum())
+
+    def step(self, learning_rate: float) -> None:
+        """Update the weights from the gradients of all micro-batches since the last step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def synchronize_statistics(self) -> None:
+        """Replace BatchNorm's running statistics by their mean over the ranks.
+
+        Training does not read them, and a running mean is linear: when this is done makes no difference.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                for statistic in (module.running_mean, module.running_var):
+                    dist.all_reduce(statistic.div_(self._world_size), group=self._group)
+
+    def train(self) -> None:
+        """Batch statistics, dropout."""
+        self._engine.train()
+
+    @torch.no_grad()
+    def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Embeddings float32 [B, D] for evaluation; at ZeRO stage 3 all ranks must call it equally often."""
+        self._engine.eval()
+        emb_BD: torch.Tensor = self._engine(images_BCHW).emb_BD
+        return emb_BD.float()
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole tensors by name, on every rank: `weight` and `momentum` float32, and the `buffer`s.
+
+        All ranks must call it together.
+        """
+        weights = {name: self._weight(parameter) for name, parameter in self._names.items()}
+        momenta = {name: self._momentum(parameter) for name, parameter in self._names.items()}
+        return {"weight": weights, "momentum": momenta, "buffer": dict(self.model.named_buffers())}
+
+    def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
+        if self._stage == 0:
+            return self._engine.optimizer.state[parameter][_MOMENTUM]
+        return safe_get_full_optimizer_state(parameter, _MOMENTUM)
+
+    def _create_momentum(self, momentum: dict[str, torch.Tensor] | None) -> None:
+        """Moments before the first step, which is when torch would make them.
+
+        DeepSpeed (0.19) links parameters to their moments at the first step of the first parameter group,
+        when those of the other groups do not exist yet: made here, they can be saved and loaded at any time.
+        """
+        optimizer = self._engine.optimizer
+        sgd = optimizer if self._stage == 0 else optimizer.optimizer
+        flat: Iterable[torch.Tensor] = [p for group in sgd.param_groups for p in group["params"]]
+        if self._stage == 3:
+            flat = optimizer.fp32_partitioned_groups_flat
+        for parameter in flat:
+            sgd.state[parameter][_MOMENTUM] = torch.zeros_like(parameter.detach())
+        if self._stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for name, value in (momentum or {}).items():
+            self._set_momentum(self._names[name], value.to(self.device))
+
+    def _set_momentum(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        if self._stage == 0:
+            self._momentum(parameter).copy_(value)
+        elif self._stage == 3:
+            # DeepSpeed's setter of whole tensors does not take those that do not divide by the ranks.
+            part, rank = parameter.ds_tensor.numel(), dist.get_rank(self._group)
+            padded = nn.functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
+            safe_set_local_optimizer_state(parameter, padded[rank * part :][:part], _MOMENTUM)
+        else:
+            safe_set_full_optimizer_state(parameter, value, _MOMENTUM)
+
+
+def _initialize(
+    model: Backbone, sgd: torch.optim.SGD, is_bf16: bool, stage: int, micro_batch: int, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": stage},
+        # Off, as in the field's recipes; DeepSpeed's own default clips.
+        "gradient_clipping": 0.0,
+        # torch's SGD is not on DeepSpeed's list; tests/trainer compares it with a plain step at each stage.
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16"},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device), optimizer=sgd, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def uses_bf16(config: EngineConfig, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16. Raises ValueError if it is demanded and not supported."""
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if config.precision == "bf16" and not supported:
+        raise ValueError(f"engine.precision is bf16, which {device} does not support; set it to auto or fp32")
+    # A CPU can compute in bfloat16, but without special units more slowly than in float32.
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and supported)

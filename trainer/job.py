@@ -1,0 +1,56 @@
+"""What a process of a job does, however it was launched: join the other ranks, then train or evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipeline import settings
+from trainer import backbones, checkpoint
+from trainer.config import RunConfig
+from trainer.distributed import Ranks, join
+from trainer.engine import uses_bf16
+from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.evaluation.verification import PairSets
+from trainer.loop import run
+
+
+def train(config: Path, overrides: Sequence[str] = ()) -> None:
+    """Train as the configuration file says, changed by `key=value` overrides.
+
+    A failure is printed by the first rank that has one and ends the process with exit code 1.
+    """
+    with join() as ranks:
+        run(settings.load(RunConfig, config, overrides), ranks)
+
+
+def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, VerificationResult] | None:
+    """Results of a checkpoint's (or a run's newest) backbone on verification files; None but on rank 0."""
+    with join() as ranks:
+        found = checkpoint.locate(path)
+        config = RunConfig.model_validate(checkpoint.read_header(found).config)
+        model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
+        weights = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+        state = {"backbone_weight": weights, "backbone_buffer": dict(model.named_buffers())}
+        checkpoint.load(found, state, group=ranks.group)
+        sets = PairSets(
+            {file.stem: file for file in pairs},
+            image_size=config.data.image_size,
+            batch_size=batch_size,
+            ranks=ranks,
+        )
+        results = sets.evaluate(_embedder(model, config, ranks))
+    return results if ranks.is_first else None
+
+
+def _embedder(model: backbones.Backbone, config: RunConfig, ranks: Ranks):
+    is_bf16 = uses_bf16(config.engine, ranks.device)
+
+    @torch.inference_mode()
+    def embed(images_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=is_bf16):
+            return model(images_BCHW).emb_BD.float()
+
+    return embed

@@ -1,0 +1,248 @@
+"""A run from its configuration to its report: what is made once, what happens at each step, what is left.
+
+    open      catalog, verification sets, network, head; the newest checkpoint of the run directory, if any
+    step      next micro-batches -> train_step -> records, metrics, display; now and then evaluate and save
+    close     last evaluation and checkpoint, result.json, report.html
+
+Step t counts from 0; what is recorded or saved "at step n" is the state after n steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import nn
+
+from data_pipeline.catalog import Catalog, open_catalog
+from data_pipeline.loader import Batch, Loader, Share
+from partial_fc.head import PartialFC
+from trainer import backbones, checkpoint
+from trainer.config import RunConfig, differences, micro_batch
+from trainer.distributed import Ranks
+from trainer.engine import Engine
+from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.evaluation.verification import PairSets
+from trainer.metrics import Metrics, serve
+from trainer.pace import Pace
+from trainer.progress import Display, Reading
+from trainer.records import Records
+from trainer.results import conclude
+from trainer.schedule import learning_rate
+from trainer.step import seed_dropout, train_step
+
+
+def run(config: RunConfig, ranks: Ranks) -> None:
+    """Train from where the run directory stands to the last step, on all ranks together.
+
+    Raises ValueError for what the user can put right: configuration, dataset, checkpoint, divergence.
+    """
+    micro = micro_batch(config, ranks.world_size)
+    share = Share(ranks.rank, ranks.world_size, config.global_batch, micro)
+    catalog = open_catalog(config.data.path, config.data.num_classes)
+    pairs = PairSets(
+        config.verification_files(),
+        image_size=config.data.image_size,
+        batch_size=config.evaluation.batch_size,
+        ranks=ranks,
+    )
+    first_step, engine, head = _open_model(config, catalog, ranks, micro)
+    if ranks.is_first:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    records = Records(config.run_dir, first_step) if ranks.is_first else None
+    steps = config.total_steps(len(catalog))
+    with Display(steps, first_step, enabled=ranks.is_first) as display:
+        training = _Training(config, ranks, share, catalog, pairs, engine, head, records, display, steps)
+        training.execute(first_step)
+    if ranks.is_first:
+        conclude(config, catalog, pairs.sets, training.results, ranks)
+
+
+def _open_model(
+    config: RunConfig, catalog: Catalog, ranks: Ranks, micro: int
+) -> tuple[int, Engine, PartialFC]:
+    """Network and head as they were when the run was last saved, or new; and the steps done by then."""
+    torch.manual_seed(config.seed)
+    model = backbones.build(config.backbone, config.data.image_size).to(ranks.device)
+    head = PartialFC(
+        config.head,
+        num_classes=catalog.num_classes,
+        embedding_size=model.embedding_size,
+        seed=config.seed,
+        group=ranks.group,
+        device=ranks.device,
+    )
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in _weights(model).items()}
+    first_step = 0
+    latest = checkpoint.newest(config.run_dir)
+    if latest is not None:
+        header = checkpoint.read_header(latest)
+        _refuse_changes(config, header)
+        network = {"weight": _weights(model), "momentum": momentum, "buffer": dict(model.named_buffers())}
+        checkpoint.load(latest, _logical(network, head), group=ranks.group)
+        first_step = header.step
+    engine = Engine(
+        model,
+        config.engine,
+        config.optimizer,
+        micro_batch=micro,
+        group=ranks.group,
+        device=ranks.device,
+        momentum=momentum,
+    )
+    return first_step, engine, head
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def _logical(network: checkpoint.State, head: PartialFC) -> checkpoint.State:
+    """The names under which a checkpoint keeps the parts of a network and the head."""
+    return {
+        **{f"backbone_{part}": tensors for part, tensors in network.items()},
+        "head": head.logical_state(),
+    }
+
+
+def _refuse_changes(config: RunConfig, header: checkpoint.Header) -> None:
+    changed = differences(header.config, config.model_dump(mode="json"))
+    if changed:
+        raise ValueError(
+            f"{config.run_dir} holds a run of another configuration, at step {header.step}; "
+            f"changed keys: {'; '.join(changed)}; change them back, or set another run_dir"
+        )
+
+
+class _Training:
+    """The steps of a run on one rank, and what accompanies them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        share: Share,
+        catalog: Catalog,
+        pairs: PairSets,
+        engine: Engine,
+        head: PartialFC,
+        records: Records | None,
+        display: Display,
+        steps: int,
+    ) -> None:
+        self.config, self.ranks, self.share, self.catalog, self.pairs = config, ranks, share, catalog, pairs
+        self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
+        self.metrics = Metrics()
+        self.results: dict[str, VerificationResult] = {}
+
+    def execute(self, first_step: int) -> None:
+        """All steps from `first_step` on; looks at the verification sets before the first and after the last."""
+        if self.ranks.is_first_on_node:
+            serve(self.metrics, self.config.metrics)
+        self.display.say(
+            f"{len(self.catalog)} images of {self.catalog.num_classes} identities; "
+            f"{self.ranks.world_size} ranks on {self.ranks.device.type}, {self.share.micro_batch} images each, "
+            f"{self.share.accumulation} times a step; steps {first_step} to {self.steps}"
+        )
+        if first_step in (0, self.steps):
+            self._evaluate(first_step)
+        batches = self._batches(first_step)
+        pace = Pace()
+        for step in range(first_step, self.steps):
+            self._step(step, batches, pace)
+            done = step + 1
+            is_last = done == self.steps
+            if is_last or done % self.config.log_every_steps == 0:
+                self._look(pace)
+            if is_last or done % self.config.checkpoint.every_steps == 0:
+                self._save(done)
+            if is_last or done % self.config.evaluation.every_steps == 0:
+                self._evaluate(done)
+            pace.leave_out_since_step()
+
+    def _step(self, step: int, batches: Iterator[Batch], pace: Pace) -> None:
+        optimizer = self.config.optimizer
+        rate = learning_rate(
+            step,
+            peak=optimizer.learning_rate,
+            warmup_steps=optimizer.warmup_steps,
+            steps=self.steps,
+            power=optimizer.power,
+        )
+        seed_dropout(self.config.seed, step, self.ranks.rank)
+        loss = train_step(
+            self.engine,
+            self.head,
+            pace.waiting_for(islice(batches, self.share.accumulation)),
+            accumulation=self.share.accumulation,
+            learning_rate=rate,
+            group=self.ranks.group,
+        )
+        step_s = pace.step_done(step + 1, loss, rate)
+        self.metrics.step_done(step + 1, self.share.global_batch, rate, step_s)
+        self.display.advance(step + 1)
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        loader = Loader(
+            self.config.data,
+            self.catalog,
+            self.share,
+            seed=self.config.seed,
+            first_step=first_step,
+            ranks_on_node=self.ranks.placement.local_world_size,
+            device_id=self.ranks.device_id,
+        )
+        return iter(loader)
+
+    def _look(self, pace: Pace) -> None:
+        """Fetch the losses since the last look, which waits for the device, and tell everybody."""
+        span = pace.take()
+        samples_per_s = self.share.global_batch / span.step_s
+        for step, loss, rate in span.steps:
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of step {step} is {loss}: training has diverged; lower optimizer.learning_rate, "
+                    "lengthen optimizer.warmup_steps, or lower head.scale, and start from the last checkpoint"
+                )
+            if self.records is not None:
+                self.records.write(
+                    "train",
+                    step,
+                    samples=step * self.share.global_batch,
+                    loss=loss,
+                    learning_rate=rate,
+                    samples_per_s=samples_per_s,
+                    data_wait_s=span.data_wait_s,
+                    step_s=span.step_s,
+                    time_s=time.time(),
+                )
+        step, loss, rate = span.steps[-1]
+        self.metrics.looked(loss, samples_per_s, span.data_wait_s * len(span.steps))
+        self.display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
+
+    def _save(self, step: int) -> None:
+        started = time.monotonic()
+        self.engine.synchronize_statistics()
+        header = checkpoint.Header(step, self.config.model_dump(mode="json"), checkpoint.versions())
+        path = checkpoint.save(
+            self.config.run_dir,
+            _logical(self.engine.state(), self.head),
+            header,
+            keep=self.config.checkpoint.keep,
+            group=self.ranks.group,
+        )
+        self.metrics.checkpoint_s.observe(time.monotonic() - started)
+        self.display.say(f"saved {path}")
+
+    def _evaluate(self, step: int) -> None:
+        self.engine.synchronize_statistics()
+        self.results = self.pairs.evaluate(self.engine.embed)
+        for name, result in self.results.items():
+            if self.records is not None:
+                self.records.write("evaluation", step, set=name, time_s=time.time(), **result.summary())
+            self.display.say(
+                f"step {step}: {name} accuracy {result.accuracy:.2%} +- {result.accuracy_std:.2%}"
+            )

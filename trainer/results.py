@@ -1,0 +1,108 @@
+"""The end of a run: `result.json` for programs, `report.html` for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.catalog import Catalog
+from data_pipeline.verification import PairSet
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.distributed import Ranks
+from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.records import read, write_result
+from trainer.report import write_report
+
+_FACES = 24
+_EXAMPLE_PAIRS = 12
+
+
+def conclude(
+    config: RunConfig,
+    catalog: Catalog,
+    pairs: dict[str, PairSet],
+    results: dict[str, VerificationResult],
+    ranks: Ranks,
+) -> None:
+    """Write both from the records of the run and the results of its last evaluation."""
+    write_result(config.run_dir, _result(config, results, ranks))
+    write_report(
+        config.run_dir,
+        roc=results,
+        faces=_faces(catalog),
+        config_text=json.dumps(config.model_dump(mode="json"), indent=2),
+        pairs=_examples(pairs, results),
+    )
+
+
+def _result(config: RunConfig, results: dict[str, VerificationResult], ranks: Ranks) -> dict[str, Any]:
+    records = read(config.run_dir)
+    trained = [record for record in records if record["kind"] == "train"]
+    untrained = [record for record in records if record["kind"] == "evaluation" and record["step"] == 0]
+    # The first look covers what happens once: caches, compilation, allocation.
+    steady = trained[config.log_every_steps :] or trained
+    return {
+        "verification_accuracy": _mean([result.accuracy for result in results.values()]),
+        "verification_accuracy_untrained": _mean([record["accuracy"] for record in untrained]),
+        "verification": {name: result.summary() for name, result in results.items()},
+        "samples_per_s": config.global_batch * len(steady) / sum(record["step_s"] for record in steady),
+        "final_loss": trained[-1]["loss"],
+        "steps": trained[-1]["step"],
+        "world_size": ranks.world_size,
+        "device": _device_name(ranks.device),
+        "versions": {"python": platform.python_version(), **checkpoint.versions()},
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"
+
+
+def _faces(catalog: Catalog) -> list[tuple[bytes, str]]:
+    """Images from all over the dataset, two of each of some identities."""
+    chosen = []
+    for record in np.linspace(0, len(catalog) - 1, _FACES // 2).astype(int):
+        same = np.flatnonzero(catalog.label_N == catalog.label_N[record])
+        chosen += [record, next((other for other in same if other != record), record)]
+    return [
+        (catalog.image(record).tobytes(), f"identity {catalog.label_N[record]}")
+        for record in map(int, chosen)
+    ]
+
+
+def _examples(
+    pairs: dict[str, PairSet], results: dict[str, VerificationResult]
+) -> list[tuple[bytes, bytes, bool, float, float]]:
+    """Pairs of the first set, half judged wrongly (if there are as many), half rightly."""
+    name = next(iter(results), None)
+    if name is None:
+        return []
+    images, result = pairs[name].images, results[name]
+    wrong, right = np.flatnonzero(~result.correct), np.flatnonzero(result.correct)
+    chosen = [*_spread(wrong, _EXAMPLE_PAIRS // 2), *_spread(right, _EXAMPLE_PAIRS // 2)]
+    return [
+        (
+            images[2 * pair],
+            images[2 * pair + 1],
+            bool(result.issame_P[pair]),
+            float(result.similarity_P[pair]),
+            float(result.threshold_P[pair]),
+        )
+        for pair in chosen
+    ]
+
+
+def _spread(indices: np.ndarray, count: int) -> list[int]:
+    at = np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)
+    return [int(i) for i in indices[at]]

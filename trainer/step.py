@@ -1,0 +1,56 @@
+"""One training step, in the order in which a batch goes through the rooms.
+
+    images_BCHW -> backbone -> emb_BD -> gather -> emb_GD -> head -> grad_GD -> scatter -> grad_BD -> backbone
+
+A step is as many rounds of this as there are micro-batches; then both optimizers move, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline import counter
+from data_pipeline.loader import Batch
+from partial_fc import collectives
+from partial_fc.head import PartialFC
+from trainer.engine import Engine
+
+_DROPOUT_STREAM = 3
+
+
+def train_step(
+    engine: Engine,
+    head: PartialFC,
+    batches: Iterable[Batch],
+    *,
+    accumulation: int,
+    learning_rate: float,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Train on `accumulation` micro-batches; returns the mean loss over all samples of all ranks.
+
+    Raises ValueError, naming the sample, for a label outside the classes.
+    """
+    engine.train()
+    loss = torch.zeros((), device=engine.device)
+    norms = []
+    for batch in batches:
+        features = engine.forward(batch.images_BCHW)
+        gathered = collectives.gather(features.emb_BD.detach(), batch.label_B, features.norm_BK, group)
+        micro_loss, grad_GD = head.forward_backward(gathered.emb_GD, gathered.label_G, share=1 / accumulation)
+        engine.backward(features.emb_BD, collectives.scatter(grad_GD, group))
+        loss += micro_loss / accumulation
+        norms.append(gathered.norm_GK)
+    head.step(learning_rate)
+    engine.step(learning_rate)
+    engine.model.update_statistics(torch.cat(norms))
+    return loss
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make the step's dropout masks a function of (seed, step, rank)."""
+    high, low, *_ = counter.words(seed, [step], _DROPOUT_STREAM << 32 | rank)[:, 0].tolist()
+    torch.manual_seed(high << 32 | low)
