@@ -63,7 +63,7 @@ class Face(NamedTuple):
     freckles: Annotated[float, (-1.5, 1.0)]  # none below 0
     mole_x: Annotated[float, (-0.5, 0.5)]
     mole_y: Annotated[float, (-0.5, 0.75)]
-    mole_size: Annotated[float, (-0.03, 0.06)]  # none below 0
+    mole_size: Annotated[float, (-0.03, 0.06)]  # none below 0.01; the second has 0.03 less this
     second_mole_x: Annotated[float, (-0.5, 0.5)]
     second_mole_y: Annotated[float, (-0.5, 0.75)]
 
@@ -234,7 +234,7 @@ _BOW = 1 - _U**2  # 0 at both ends
 def sketch(f: Face, n: Nuisances, cloth: Colour) -> Sketch:
     """All polygons of a face and what it wears; `cloth` is the colour of the clothes."""
     canvas = Sketch()
-    skin = shade(SKIN, f.skin_shade) + f.skin_redness * np.array([8.0, -6, -8])
+    skin = shade(SKIN, f.skin_shade) + f.skin_redness * np.array([12.0, -8, -12])
     hair = shade(HAIR, f.hair_shade)
     _head(canvas, f, skin, hair, cloth)
     _marks(canvas, f, skin)

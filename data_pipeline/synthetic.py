@@ -33,7 +33,7 @@ class SynthConfig(BaseModel):
     images_per_identity: int = Field(28, ge=1, lt=1 << 32, description="pictures of each of them")
     held_out_identities: int = Field(60, ge=2, lt=HELD_OUT, description="other people, of held_out.bin")
     pairs: int = Field(
-        2000,
+        1500,
         ge=2,
         lt=1 << 31,
         description="pairs in held_out.bin, every second of one person; all pictures differ",

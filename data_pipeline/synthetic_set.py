@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import json
 import multiprocessing
 import os
@@ -43,6 +44,8 @@ _DESCRIPTION = "synth.json"
 _AT_ONCE = 32  # pictures a process paints between two messages
 _AHEAD = 4  # messages per process that may wait to be written
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
 _COLUMNS = np.dtype(
     [("key", np.int64), ("identity", np.int64), ("number", np.int64)]
     + [(name, {float: "f4", int: "i8", str: "U16"}[kind]) for name, kind in get_type_hints(Nuisances).items()]
@@ -69,9 +72,9 @@ def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], 
             f"killed: if none is running, remove it"
         ) from None
     try:
-        with contextlib.closing(_painted(config, progress or (lambda done, total: None))) as painted:
-            _write_training(partial, config, islice(painted, config.images))
-            _write_pairs(partial, config, painted)
+        with contextlib.closing(painted(config, progress or (lambda done, total: None))) as stream:
+            _write_training(partial, config, islice(stream, config.images))
+            _write_pairs(partial, config, stream)
         _describe(partial, config)
         os.replace(partial, folder)
     finally:
@@ -94,23 +97,23 @@ def read_nuisances(path: Path) -> np.ndarray:
         return np.loadtxt(file, _COLUMNS, delimiter="\t", ndmin=1)
 
 
-def _write_training(folder: Path, config: SynthConfig, painted: Iterable[Picture]) -> None:
+def _write_training(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -> None:
     with (
         InsightFaceWriter(folder, size=config.image_size) as writer,
         open(folder / TRAIN_NUISANCES, "w", encoding="utf-8") as table,
     ):
         rows = _Table(table)
-        for key, picture in enumerate(painted, 1):
+        for key, picture in enumerate(stream, 1):
             label = float(picture.identity)
             writer.add(picture.jpeg, label if picture.number % 2 == 0 else (label, 1.0))
             rows.add(key, picture)
 
 
-def _write_pairs(folder: Path, config: SynthConfig, painted: Iterable[Picture]) -> None:
+def _write_pairs(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -> None:
     images = []
     with open(folder / PAIRS_NUISANCES, "w", encoding="utf-8") as table:
         rows = _Table(table)
-        for number, picture in enumerate(painted):
+        for number, picture in enumerate(stream):
             images.append(picture.jpeg)
             rows.add(number, picture)
     write_pairs(folder / PAIRS_FILE, images, pairs_of(config).issame_P.tolist())
@@ -128,14 +131,12 @@ class _Table:
         self._writer.writerow((key, picture.identity, picture.number, *values))
 
 
-def _painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[Picture]:
+def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[Picture]:
     """All pictures of the set in order: those to train on, then those of the pairs."""
     total, done = config.images + 2 * config.pairs, 0
     processes = config.processes or len(os.sched_getaffinity(0))
     # Forked: a spawned process first imports all that the caller has, which may be all of PyTorch.
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_painter)
     calls = (pool.submit(pictures, config, *chunk) for chunk in _chunks(config))
     try:
         waiting = deque(islice(calls, _AHEAD * processes))
@@ -147,6 +148,12 @@ def _painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Gener
             waiting.extend(islice(calls, 1))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_painter() -> None:
+    """Ctrl-C is the parent's to handle; a painter whose parent was killed ends as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:

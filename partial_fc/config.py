@@ -42,5 +42,7 @@ class HeadConfig(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the class rows' SGD")
     weight_decay: float = Field(
-        5e-4, ge=0, description="weight decay of the class rows' SGD, per unit of rate"
+        5e-4,
+        ge=0,
+        description="weight decay of the class rows' SGD: this times a row is added to its gradient",
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from partial_fc.margin import Margin
 from partial_fc.partition import tiles
 
-# On a CPU, speed is flat as long as a tile's buffers stay in the cache: 256 to 2048 classes at G=256, D=512.
+# On a CPU, speed is flat while a tile's buffers fit the cache: seen for 256 to 2048 classes, G=256, D=512.
 _CPU_TILE_BYTES = 4 << 20
 _GPU_TILE_SHARE = 64
 
@@ -94,14 +94,13 @@ class Streaming:
         """Phase 1. `label_G` is the target's row in `weight_RD`, -1 where it is not there."""
         unit_GD, inverse_norm_G = _unit(emb_GD)
         scaled_GD = unit_GD * self._scale
-        others = _RunningSum(scaled_GD)
-        for rows in tiles(len(weight_RD), self._tile or _default_tile(emb_GD)):
-            others.add(weight_RD[rows], label_G - rows.start)
-
         is_here_G = label_G >= 0
         target_unit_GD = _target_units(weight_RD, label_G)
         logit_G, slope_G = self._margin.target((unit_GD * target_unit_GD).sum(1))
         target_G = (logit_G * self._scale).where(is_here_G, -torch.inf)
+        others = _RunningSum(scaled_GD)
+        for rows in tiles(len(weight_RD), self._tile or _default_tile(emb_GD)):
+            others.add(weight_RD[rows], label_G - rows.start)
         return LocalSoftmax(
             lse_G=torch.logaddexp(others.max_G + others.sum_G.log(), target_G),
             target_G=target_G.where(is_here_G, 0),

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 _HEADER = "checkpoint.json"
@@ -127,8 +128,11 @@ def load(checkpoint: Path, state: State, *, group: dist.ProcessGroup) -> None:
     _check_names_and_shapes(checkpoint, state, reader.read_metadata())
     try:
         dcp.load(state, storage_reader=reader, process_group=group)
-    except Exception as error:  # torch wraps what its threads raise into one of its own
-        raise CheckpointError(f"{checkpoint}: a part of it cannot be read: {error}; use another") from error
+    except CheckpointException as error:  # a BaseException, which holds what was raised on each rank
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(
+            f"{checkpoint}: a part of it cannot be read by rank {rank}: {cause}; use another checkpoint"
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -139,7 +139,9 @@ def join() -> Iterator[Ranks]:
             world_size=where.world_size,
             device_id=device if device.type == "cuda" else None,
         )
-        yield Ranks(where, dist.group.WORLD, device)
+        group = dist.group.WORLD
+        assert group is not None
+        yield Ranks(where, group, device)
         # Rank 0 may host the store: nobody leaves while another still needs it.
         dist.barrier()
         dist.destroy_process_group()

@@ -102,9 +102,10 @@ class Engine:
         Training does not read them, and a running mean is linear: when this is done makes no difference.
         """
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 for statistic in (module.running_mean, module.running_var):
-                    dist.all_reduce(statistic.div_(self._world_size), group=self._group)
+                    if statistic is not None:
+                        dist.all_reduce(statistic.div_(self._world_size), group=self._group)
 
     def train(self) -> None:
         """Batch statistics, dropout."""
@@ -157,7 +158,8 @@ class Engine:
             self._momentum(parameter).copy_(value)
         elif self._stage == 3:
             # DeepSpeed's setter of whole tensors does not take those that do not divide by the ranks.
-            part, rank = parameter.ds_tensor.numel(), dist.get_rank(self._group)
+            own: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            part, rank = own.numel(), dist.get_rank(self._group)
             padded = nn.functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
             safe_set_local_optimizer_state(parameter, padded[rank * part :][:part], _MOMENTUM)
         else:

@@ -13,7 +13,7 @@ from trainer.config import RunConfig
 from trainer.distributed import Ranks, join
 from trainer.engine import uses_bf16
 from trainer.evaluation.pair_protocol import VerificationResult
-from trainer.evaluation.verification import PairSets
+from trainer.evaluation.verification import Embed, PairSets
 from trainer.loop import run
 
 
@@ -45,7 +45,7 @@ def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, Ve
     return results if ranks.is_first else None
 
 
-def _embedder(model: backbones.Backbone, config: RunConfig, ranks: Ranks):
+def _embedder(model: backbones.Backbone, config: RunConfig, ranks: Ranks) -> Embed:
     is_bf16 = uses_bf16(config.engine, ranks.device)
 
     @torch.inference_mode()

@@ -139,13 +139,14 @@ class _Training:
         self.results: dict[str, VerificationResult] = {}
 
     def execute(self, first_step: int) -> None:
-        """All steps from `first_step` on; looks at the verification sets before the first and after the last."""
+        """All steps from `first_step` on; evaluates before the first and after the last."""
         if self.ranks.is_first_on_node:
             serve(self.metrics, self.config.metrics)
         self.display.say(
             f"{len(self.catalog)} images of {self.catalog.num_classes} identities; "
-            f"{self.ranks.world_size} ranks on {self.ranks.device.type}, {self.share.micro_batch} images each, "
-            f"{self.share.accumulation} times a step; steps {first_step} to {self.steps}"
+            f"{self.ranks.world_size} ranks on {self.ranks.device.type}, "
+            f"{self.share.accumulation} x {self.share.micro_batch} images each; "
+            f"steps {first_step} to {self.steps}"
         )
         if first_step in (0, self.steps):
             self._evaluate(first_step)
@@ -204,8 +205,9 @@ class _Training:
         for step, loss, rate in span.steps:
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss of step {step} is {loss}: training has diverged; lower optimizer.learning_rate, "
-                    "lengthen optimizer.warmup_steps, or lower head.scale, and start from the last checkpoint"
+                    f"the loss of step {step} is {loss}: training has diverged; lower "
+                    "optimizer.learning_rate, lengthen optimizer.warmup_steps, or lower head.scale, "
+                    "and train anew in another run_dir"
                 )
             if self.records is not None:
                 self.records.write(

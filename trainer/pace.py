@@ -15,7 +15,7 @@ from data_pipeline.loader import Batch
 
 
 class Span(NamedTuple):
-    """The steps between two looks: (step, loss, learning rate) of each, and the mean times of one, seconds."""
+    """The steps between two looks: (step, loss, learning rate) of each; mean times of a step, seconds."""
 
     steps: list[tuple[int, float, float]]
     step_s: float

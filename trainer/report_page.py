@@ -139,7 +139,7 @@ dd { margin: 0; font-size: 20px; font-weight: 600; letter-spacing: -.01em; overf
 table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums }
 th, td { padding: 7px 10px; text-align: right; white-space: nowrap; font-weight: 400 }
 th:first-child { padding-left: 0; text-align: left }
-td:last-child { padding-right: 0 }
+th:last-child, td:last-child { padding-right: 0 }
 thead th { color: var(--muted); font-size: 12.5px }
 tbody th { font-weight: 600 }
 tr + tr, thead + tbody tr { border-top: 1px solid var(--line) }

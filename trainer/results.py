@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from data_pipeline.catalog import Catalog
+from data_pipeline.synthetic_set import read_nuisances
 from data_pipeline.verification import PairSet
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import Ranks
 from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.evaluation.splits import Split, by_nuisance
 from trainer.records import read, write_result
 from trainer.report import write_report
 
@@ -37,6 +39,7 @@ def conclude(
         faces=_faces(catalog),
         config_text=json.dumps(config.model_dump(mode="json"), indent=2),
         pairs=_examples(pairs, results),
+        splits=_splits(config, results),
     )
 
 
@@ -101,6 +104,15 @@ def _examples(
         )
         for pair in chosen
     ]
+
+
+def _splits(config: RunConfig, results: dict[str, VerificationResult]) -> dict[str, Split]:
+    """Of the first set that has a table of its pictures; none if no set has one."""
+    for name, path in config.verification_files().items():
+        table = path.with_name(f"{path.stem}_nuisances.tsv")
+        if table.is_file():
+            return by_nuisance(results[name], read_nuisances(table))
+    return {}
 
 
 def _spread(indices: np.ndarray, count: int) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -52,5 +53,5 @@ def train_step(
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make the step's dropout masks a function of (seed, step, rank)."""
-    high, low, *_ = counter.words(seed, [step], _DROPOUT_STREAM << 32 | rank)[:, 0].tolist()
+    high, low, *_ = counter.words(seed, np.array([step]), _DROPOUT_STREAM << 32 | rank)[:, 0].tolist()
     torch.manual_seed(high << 32 | low)

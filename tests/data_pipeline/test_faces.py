@@ -3,20 +3,29 @@
 import numpy as np
 import pytest
 
-from data_pipeline.faces import OCCLUSIONS, Face, Nuisances
+from data_pipeline.faces import OCCLUSIONS, Face, Nuisances, ranges
 from data_pipeline.photograph import paint
-from data_pipeline.synthetic import ranges
 
 SIZE = 112
 # A person with everything that one may have or not, in the middle of all ranges.
 PERSON = Face(**{name: (low + high) / 2 for name, (low, high) in ranges(Face).items()})._replace(
-    hair_volume=0.15, moustache=0.5, beard=0.5, glasses=0.5, freckles=0.5, mole_size=0.01, second_mole_y=0.1
+    hair_volume=0.15,
+    moustache=0.5,
+    beard=0.5,
+    glasses=0.5,
+    freckles=0.5,
+    mole_x=0.4,
+    mole_y=0.3,
 )
 PORTRAIT = Nuisances(
     **{name: neutral for name, (neutral, _, _) in ranges(Nuisances).items()}, occlusion="none", scene=3
 )
 # What only shows together with something else.
 NEEDS = {
+    "mole_x": {"mole_size": 0.05},
+    "mole_y": {"mole_size": 0.05},
+    "second_mole_x": {"mole_size": -0.02},
+    "second_mole_y": {"mole_size": -0.02},
     "warp_phase": {"warp": 0.05},
     "shadow_angle_deg": {"shadow": 0.5},
     "occlusion_x": {"occlusion": "block"},
@@ -38,7 +47,8 @@ def portrait():
 @pytest.mark.parametrize("name", Face._fields)
 def test_every_property_of_a_person_shows(name):
     low, high = ranges(Face)[name]
-    one, other = (pixels(PERSON._replace(**{name: value})) for value in (low, high))
+    base = PERSON._replace(**NEEDS.get(name, {}))
+    one, other = (pixels(base._replace(**{name: value})) for value in (low, high))
     assert (np.abs(one - other).max(axis=2) > 20).sum() >= 4
 
 
@@ -46,7 +56,9 @@ def test_every_property_of_a_person_shows(name):
 def test_every_circumstance_shows(name):
     _, low, high = ranges(Nuisances)[name]
     base = PORTRAIT._replace(**NEEDS.get(name, {}))
-    one, other = (pixels(nuisances=base._replace(**{name: value})) for value in (low, high))
+    # Not the other end, which is the same angle.
+    values = (low, low + 0.6 * (high - low))
+    one, other = (pixels(nuisances=base._replace(**{name: value})) for value in values)
     assert np.abs(one - other).mean() > 0.05
 
 

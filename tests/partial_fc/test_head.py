@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
@@ -11,9 +11,10 @@ from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
 from partial_fc.optim import RowSGD
 
-# Largest error relative to the largest value. Logits go up to 64, and the slope of ArcFace to 340 at its
-# poles, so that rounding in float32 (6e-8) shows as up to 1e-4 in rare rows.
+# Largest error relative to the largest value. Logits of 64 turn float32's rounding of 6e-8 into 4e-6 of a
+# probability, and ArcFace's slope at cosines up to POLE turns it into 1e-4 of a gradient.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+POLE = 0.999
 ARCFACE, COSFACE = {"kind": "arcface", "m": 0.5}, {"kind": "cosface", "m": 0.4}
 
 
@@ -60,6 +61,8 @@ def test_streaming_equals_the_dense_twin(rows, classes, width, tile, kind, scale
         for backend in ("streaming", "dense")
     )
     for _ in range(2):
+        target_cos_G = torch.cosine_similarity(emb_GD, found.weight_RD[label_G.clamp(min=0)])
+        assume(dtype == torch.float64 or target_cos_G.abs().max() < POLE)
         (loss, grad_GD), (expected_loss, expected_grad_GD) = (
             head.forward_backward(emb_GD, label_G) for head in (found, expected)
         )

@@ -39,8 +39,7 @@ def seen(tmp_path_factory):
     (folder / "cases.json").write_text(
         json.dumps({name: {**DEFAULTS, **case} for name, case in cases.items()})
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
     ranks = [
         subprocess.Popen([*command, str(rank), str(WORLD), str(folder)], env=environment)

@@ -7,7 +7,7 @@ number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class PairSets:
         dist.all_gather(gathered, emb_ND, group=self._ranks.group)
         return torch.cat(gathered)[: len(images)].cpu().numpy()
 
-    def _decoded(self, images: list[bytes], name: str) -> list[torch.Tensor] | object:
+    def _decoded(self, images: list[bytes], name: str) -> Iterable[torch.Tensor]:
         return decode_all(
             images,
             str(self._files[name]),

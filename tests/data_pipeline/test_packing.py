@@ -1,0 +1,121 @@
+"""Folders of images become datasets: classes, pixels, and what is kept as it was."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.catalog import open_catalog
+from data_pipeline.packing import PackSummary, pack_folder
+
+
+@pytest.fixture
+def people(tmp_path):
+    """Three people with pictures of several formats and sizes, in natural order a, s2, s10."""
+    folder = tmp_path / "people"
+    for name, files in {
+        "s10": {"1.pgm": ("L", (92, 112), 40)},
+        "s2": {"1.png": ("RGB", (200, 100), (10, 200, 30)), "10.png": ("RGB", (64, 64), (0, 0, 255))},
+        "a": {"x.jpg": ("RGB", (64, 64), (250, 0, 0)), "y.png": ("P", (64, 64), 3)},
+    }.items():
+        (folder / name).mkdir(parents=True)
+        for file, (mode, size, colour) in files.items():
+            Image.new(mode, size, colour).save(folder / name / file)
+    (folder / ".cache").mkdir()
+    (folder / "a" / ".DS_Store").write_bytes(b"x")
+    (folder / "notes.txt").write_text("not a person")
+    return folder
+
+
+def decoded(catalog, record):
+    return Image.open(io.BytesIO(catalog.image(record).tobytes()))
+
+
+def test_sub_folders_in_natural_order_are_the_classes(people, tmp_path):
+    done = pack_folder(people, tmp_path / "out", size=64)
+    catalog = open_catalog(tmp_path / "out")
+    assert catalog.label_N.tolist() == [0, 0, 1, 1, 2]
+    assert (tmp_path / "out" / "identities.tsv").read_text() == (
+        "class\tfolder\timages\n0\ta\t2\n1\ts2\t2\n2\ts10\t1\n"
+    )
+    stored_bytes = sum(len(catalog.image(i)) for i in range(5))
+    assert done == PackSummary(
+        tmp_path / "out", identities=3, images=5, kept_images=1, image_bytes=stored_bytes
+    )
+
+
+def test_images_are_colour_jpegs_of_the_size_and_keep_their_colours(people, tmp_path):
+    pack_folder(people, tmp_path / "out", size=64)
+    catalog = open_catalog(tmp_path / "out")
+    for record, colour in {0: (250, 0, 0), 2: (10, 200, 30), 3: (0, 0, 255), 4: (40, 40, 40)}.items():
+        image = decoded(catalog, record)
+        assert (image.format, image.size, image.mode) == ("JPEG", (64, 64), "RGB")
+        assert np.abs(np.asarray(image, int) - colour).max() <= 4
+
+
+def test_a_jpeg_of_the_right_size_is_kept_byte_for_byte(people, tmp_path):
+    original = (people / "a" / "x.jpg").read_bytes()
+    pack_folder(people, tmp_path / "same", size=64, quality=10)
+    assert open_catalog(tmp_path / "same").image(0).tobytes() == original
+    assert pack_folder(people, tmp_path / "other", size=32).kept_images == 0
+
+
+def test_the_central_square_is_taken(tmp_path):
+    picture = Image.new("RGB", (96, 32), "red")
+    picture.paste("white", (32, 0, 64, 32))
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    picture.save(tmp_path / "in" / "a" / "wide.png")
+    pack_folder(tmp_path / "in", tmp_path / "out", size=32)
+    assert np.asarray(decoded(open_catalog(tmp_path / "out"), 0)).min() > 200
+
+
+def test_a_photograph_is_turned_upright_and_16_bits_of_grey_are_kept(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    lying = Image.new("RGB", (32, 32), "black")
+    lying.paste("white", (0, 0, 32, 16))  # white above, but the camera was held upside down
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    lying.save(tmp_path / "in" / "a" / "1.jpg", exif=exif, quality=95)
+    ramp_HW = np.repeat(np.linspace(0, 65535, 32).astype(np.uint16)[:, None], 32, axis=1)
+    Image.fromarray(ramp_HW).save(tmp_path / "in" / "a" / "2.png")
+    pack_folder(tmp_path / "in", tmp_path / "out", size=32)
+    upright, ramp = (np.asarray(decoded(open_catalog(tmp_path / "out"), i), int) for i in (0, 1))
+    assert upright[:12].max() < 60
+    assert upright[20:].min() > 200
+    assert np.abs(ramp[:, 16, 0] - np.linspace(0, 255, 32)).max() < 8
+
+
+def test_progress_counts_every_image(people, tmp_path):
+    seen = []
+    pack_folder(people, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def refused(folder, out, message):
+    before = sorted(out.rglob("*")) if out.exists() else None
+    with pytest.raises(ValueError, match=message):
+        pack_folder(folder, out)
+    assert sorted(out.rglob("*")) == (before or [])
+
+
+def test_what_cannot_be_packed_is_named_and_leaves_nothing(people, tmp_path):
+    out = tmp_path / "out"
+    (people / "s2" / "1.png").write_bytes(b"not an image")
+    refused(people, out, r"s2/1.png: expected an image, found: .*repair it, or remove it")
+    (people / "s2" / "1.png").unlink()
+    (people / "s2" / "10.png").unlink()
+    refused(people, out, r"s2: expected the images of one identity, found none; remove it")
+    refused(
+        tmp_path / "nowhere", out, r"nowhere: expected a folder with one sub-folder .*found no such folder"
+    )
+    (tmp_path / "flat").mkdir()
+    refused(tmp_path / "flat", out, r"flat: expected a folder with one sub-folder .*found no sub-folder")
+
+
+def test_an_output_folder_with_content_is_refused(people, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.rec").write_bytes(b"precious")
+    refused(people, out, r"out: expected an empty folder to pack into, found 1 entries \(train.rec\)")
+    assert (out / "train.rec").read_bytes() == b"precious"

@@ -1,0 +1,212 @@
+"""Whole trainings in real processes: what they leave, that they learn, go on after a kill, fail as one."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from data_pipeline import recordio
+from data_pipeline.insightface import InsightFaceWriter
+from tests.trainer.conftest import command, environment, losses, run, train_words
+
+STEPS = 24
+OPTIONS = (f"steps={STEPS}", "optimizer.warmup_steps=4", "checkpoint.every_steps=8", "checkpoint.keep=2")
+
+
+@pytest.fixture(scope="module")
+def straight(faces, tmp_path_factory):
+    """A run of two ranks, start to end."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    done = run(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def killed(faces, tmp_path_factory):
+    """The same run, all of whose processes were killed after the first checkpoint."""
+    run_dir = tmp_path_factory.mktemp("runs") / "killed"
+    words = command(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    with subprocess.Popen(
+        words, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process)
+        kill_all(process)
+    assert not (run_dir / "result.json").exists()
+    return run_dir
+
+
+def wait_for(condition, process, timeout_s=180):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def kill_all(process):
+    """Kill torchrun and its ranks, which it starts in sessions of their own."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True, capture_output=True)
+    for pid in [process.pid, *map(int, listed.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_training_learns_and_leaves_what_it_should(straight):
+    found = losses(straight)
+    assert list(found) == list(range(1, STEPS + 1))
+    assert sum(found[step] for step in range(STEPS - 3, STEPS + 1)) / 4 < 0.8 * found[1]
+    result = json.loads((straight / "result.json").read_text())
+    assert result["steps"] == STEPS
+    assert result["world_size"] == 2
+    assert result["samples_per_s"] > 0
+    assert 0 <= result["verification_accuracy_untrained"] <= 1
+    assert result["verification_accuracy"] == result["verification"]["held_out"]["accuracy"]
+    assert {"python", "torch", "deepspeed", "nvidia-dali-cuda130", "lgaf"} <= set(result["versions"])
+    kept = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert kept == ["step-00000016", f"step-{STEPS:08d}"]
+    report = (straight / "report.html").read_text()
+    assert "identity 0" in report
+    assert "occlusion" in report
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(killed, straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed, run_dir)
+    done = run(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"steps (8|16) to 24", done.stderr)
+    assert losses(run_dir) == losses(straight)
+
+
+def test_one_rank_goes_on_with_what_two_have_saved(killed, straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed, run_dir)
+    done = run(*train_words(run_dir, faces, *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    found, expected = losses(run_dir), losses(straight)
+    assert list(found) == list(expected)
+    # Batch normalisation sees one batch of 32 instead of two of 16, so it is near and not the same.
+    assert found[STEPS] == pytest.approx(expected[STEPS], rel=0.3)
+
+
+def test_a_finished_run_only_says_so_again(straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    before = (run_dir / "metrics.jsonl").read_text()
+    done = run(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(run_dir) == losses(straight)
+    assert (run_dir / "metrics.jsonl").read_text().startswith(before)
+    results = [json.loads((path / "result.json").read_text()) for path in (run_dir, straight)]
+    assert results[0]["verification_accuracy"] == results[1]["verification_accuracy"]
+
+
+def test_a_changed_configuration_is_refused_once(straight, faces):
+    words = train_words(straight, faces, *OPTIONS, "optimizer.learning_rate=0.3", "head.scale=16")
+    done = run(*words, ranks=2)
+    assert done.returncode != 0
+    for changed in ("optimizer.learning_rate: 0.1 -> 0.3", "head.scale: 32.0 -> 16.0"):
+        assert done.stderr.count(changed) == 1, done.stderr
+    assert "Traceback" not in done.stderr.partition("torch.distributed")[0]
+
+
+def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
+    done = run("eval", straight, "--pairs", faces / "held_out.bin")
+    assert done.returncode == 0, done.stderr
+    expected = json.loads((straight / "result.json").read_text())["verification"]["held_out"]
+    assert json.loads(done.stdout)["held_out"]["accuracy"] == pytest.approx(expected["accuracy"], abs=0.02)
+    both = run("eval", straight, "--pairs", faces / "held_out.bin", ranks=2)
+    assert json.loads(both.stdout) == pytest.approx(json.loads(done.stdout))
+
+
+def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(straight / "checkpoints" / f"step-{STEPS:08d}", checkpoint)
+    header = json.loads((checkpoint / "checkpoint.json").read_text())
+    header["config"]["backbone"]["width"] = 12
+    (checkpoint / "checkpoint.json").write_text(json.dumps(header))
+    done = run("eval", checkpoint, "--pairs", faces / "held_out.bin")
+    assert done.returncode == 1
+    assert re.search(rf"lgaf: {checkpoint} is of another model: .* has shape \(.*\), expected", done.stderr)
+
+
+def test_metrics_move_while_it_trains(faces, tmp_path):
+    words = command(*train_words(tmp_path / "run", faces, "steps=100000", "log_every_steps=1"), ranks=2)
+    with subprocess.Popen(
+        words, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            url = next(m[0] for m in (re.search(r"http://\S+/metrics", line) for line in process.stderr) if m)
+            wait_for(lambda: scrape(url)["lgaf_steps_total"] >= 2, process)
+            first = scrape(url)
+            wait_for(lambda: scrape(url)["lgaf_steps_total"] >= first["lgaf_steps_total"] + 5, process)
+            second = scrape(url)
+        finally:
+            process.terminate()
+            process.communicate()
+    assert second["lgaf_samples_total"] == 32 * second["lgaf_steps_total"]
+    assert second["lgaf_step_seconds_count"] == second["lgaf_steps_total"] == second["lgaf_step"]
+    assert second["lgaf_step_seconds_sum"] > first["lgaf_step_seconds_sum"] > 0
+    assert second["lgaf_data_wait_seconds_total"] > first["lgaf_data_wait_seconds_total"]
+    assert second["lgaf_loss"] != first["lgaf_loss"]
+    assert second["lgaf_learning_rate"] != first["lgaf_learning_rate"]
+    assert second["lgaf_samples_per_second"] > 0
+    assert "lgaf_checkpoint_seconds_count" in second
+
+
+def scrape(url):
+    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "le" not in sample.labels
+    }
+
+
+def test_a_rank_that_cannot_decode_ends_the_job_with_one_message(faces, tmp_path):
+    broken = tmp_path / "broken"
+    key = copy_with_a_broken_image(faces, broken)
+    done = run(*train_words(tmp_path / "run", broken, *OPTIONS), ranks=2, timeout_s=120)
+    assert done.returncode != 0
+    message = rf"lgaf: rank [01]: .*train\.rec: key {key} at byte \d+ \(sample \d+\) cannot be decoded: .*"
+    assert len(re.findall(message, done.stderr)) == 1, done.stderr
+    assert done.stderr.count("lgaf: rank") == 1, done.stderr
+
+
+def copy_with_a_broken_image(faces, folder):
+    """The same dataset with one image that begins like a JPEG and is none; returns its key."""
+    _, offset_N = recordio.read_index(faces / "train.idx")
+    data = (faces / "train.rec").read_bytes()
+    broken = len(offset_N) // 3
+    with InsightFaceWriter(folder, size=112) as writer:
+        for number, (start, end) in enumerate(zip(offset_N, [*offset_N[1:], len(data)], strict=True)):
+            record = recordio.unpack(recordio.join_frames(data[start:end], "", start), "")
+            if not record.is_meta:
+                image = record.image[:60] if number == broken else record.image
+                writer.add(image, record.labels if len(record.labels) > 1 else record.labels[0])
+    shutil.copy(faces / "held_out.bin", folder)
+    return broken + 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=/nowhere", "no dataset at /nowhere: expected /nowhere/train.rec"),
+        ("global_batch=33", "a global_batch of 33 does not divide by 2 ranks"),
+        ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat; did you mean"),
+        ('evaluation.sets=["absent.bin"]', "absent.bin: expected a pickle of two lists"),
+    ],
+)
+def test_bad_input_is_said_once_by_two_ranks(faces, tmp_path, override, message):
+    done = run(*train_words(tmp_path / "run", faces, *OPTIONS, override), ranks=2, timeout_s=120)
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
