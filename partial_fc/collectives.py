@@ -19,6 +19,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+# PyTorch 2.13 renamed these two and warns at every call by the old name, which is all that 2.11 knows.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Gathered(NamedTuple):
     """Rows of all ranks: rank 0's first, then rank 1's, and so on."""
@@ -44,7 +48,7 @@ def gather(emb_BD: Tensor, label_B: Tensor, norm_BK: Tensor, group: dist.Process
         return Gathered(parts[0], label_B, parts[2])
     packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
     packed_G = packed.new_empty(group.size() * len(packed), packed.shape[1])
-    dist.all_gather_into_tensor(packed_G, packed, group=group)
+    _all_gather(packed_G, packed, group=group)
     widths = [part.shape[1] * part.element_size() for part in parts]
     emb_GD, label_G1, norm_GK = (
         _unpack(piece, part) for piece, part in zip(packed_G.split(widths, dim=1), parts, strict=True)
@@ -64,7 +68,7 @@ def scatter(grad_GD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return grad_GD
     grad_BD = grad_GD.new_empty(len(grad_GD) // group.size(), *grad_GD.shape[1:])
-    dist.reduce_scatter_tensor(grad_BD, grad_GD.contiguous(), group=group)
+    _reduce_scatter(grad_BD, grad_GD.contiguous(), group=group)
     return grad_BD
 
 

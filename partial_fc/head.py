@@ -93,7 +93,7 @@ class PartialFC:
         """
         self._check(emb_GD, label_G)
         is_counted_G = label_G != IGNORE
-        counted = is_counted_G.sum().clamp(min=1)
+        counted = is_counted_G.sum(dtype=torch.float64).clamp(min=1)
         # Zeros instead of what an ignored row holds, so that not even a NaN in it can spread.
         emb_GD = emb_GD.to(self.weight_RD.dtype).masked_fill(~is_counted_G[:, None], 0)
         local = self._softmax.local_softmax(self.weight_RD, emb_GD, self._row_of(label_G))

@@ -132,6 +132,8 @@ def join() -> Iterator[Ranks]:
     store = _store(where)
     with _speak_once(where, store):
         device = _device(where)
+        # DeepSpeed insists on this variable, which only torchrun sets.
+        os.environ["LOCAL_RANK"] = str(where.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),

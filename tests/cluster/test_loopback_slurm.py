@@ -1,5 +1,6 @@
 """The cluster that other tests run on is a real one, and leaves nothing behind. About 5 s."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,10 @@ def test_sacct_tells_the_states_of_jobs_that_ended_and_that_run(cluster, tmp_pat
     )
     for job in (good, bad):
         cluster.wait(job, timeout_s=30)
+    deadline = time.monotonic() + 30
+    while "JobState=RUNNING" not in cluster.command("scontrol", "show", "job", str(running)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     asked = [word for job in (good, bad, running) for word in ("-j", str(job))]
     printed = cluster.command("sacct", "-o", "JobID,State,NodeList", "--parsable2", *asked)
     cluster.command("scancel", str(running))

@@ -25,7 +25,7 @@ TWINS = {
     "cosface": {"world": 3, "classes": 50, "head": {"margin": {"kind": "cosface", "m": 0.4}, "tile": 16}},
     "ignored rows": {"world": 2, "classes": 9, "ignored": 7, "head": {"tile": 2}},
     "accumulated": {"world": 3, "classes": 10, "micro_batches": 3, "ignored": 1, "head": {"tile": 3}},
-    "float32": {"world": 3, "classes": 500, "width": 32, "dtype": "float32", "head": {"tile": 64}},
+    "float32": {"world": 3, "classes": 2500, "width": 32, "dtype": "float32", "head": {"tile": 64}},
 }
 GATHERS = {f"gather {norms}": {"run": "gather", "world": WORLD, "norms": norms} for norms in (0, 1, 3)}
 CHECKPOINT = {"run": "checkpoint", "world": WORLD, "classes": 10, "head": {}}

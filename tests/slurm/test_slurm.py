@@ -42,7 +42,8 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "demo"
-    done = lgaf("data", "synth", folder, "--config", "configs/demo_data.toml")
+    small = ("identities=20", "images_per_identity=8", "held_out_identities=8", "pairs=60")
+    done = lgaf("data", "synth", folder, *(word for value in small for word in ("--set", value)))
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -33,7 +33,11 @@ class MHMSConfig(BaseModel):
     attention_reduction: int = Field(
         16, ge=1, description="r: a head's channels divided by those inside its two attentions"
     )
-    grid: int = Field(1, ge=1, description="side of the grid of cells into which a head's map is averaged")
+    grid: int = Field(
+        7,
+        ge=1,
+        description="side of the grid into which a head's map is averaged, cells; at most the map's",
+    )
 
     @field_validator("heads")
     @classmethod
@@ -53,7 +57,9 @@ class LGFConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     attention_scale: float = Field(
-        1.0, ge=0, description="logit of attention per standard deviation of feature norm; 0 is equal weights"
+        0.333,
+        ge=0,
+        description="logit of attention per standard deviation of feature norm; 0: equal weights",
     )
     clip: float = Field(
         3.0, gt=0, description="largest size of a standardised feature norm, standard deviations"
@@ -84,7 +90,7 @@ class BackboneConfig(BaseModel):
     @classmethod
     def _check_blocks(cls, blocks: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
         if blocks is not None and min(blocks) < 1:
-            raise ValueError(f"blocks is {list(blocks)}, expected at least one block in each stage")
+            raise ValueError(f"expected at least one block in each of the four stages, found {list(blocks)}")
         return blocks
 
     @property

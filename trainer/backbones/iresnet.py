@@ -20,7 +20,10 @@ _CONV_STD = 0.1
 
 
 class IResNet(Backbone):
-    """IResNet with four stages of `blocks` blocks and `width` x 1, 2, 4, 8 channels."""
+    """IResNet with four stages of `blocks` blocks and `width` x 1, 2, 4, 8 channels.
+
+    `channels` and `sides` (cells) say what the maps of the stages look like.
+    """
 
     branches = 0
 
@@ -40,6 +43,7 @@ class IResNet(Backbone):
         self.bn1 = nn.BatchNorm2d(width)
         self.prelu = nn.PReLU(width)
         self.channels = [width << stage for stage in range(STAGES)]
+        self.sides = [-(-image_size // (stem_stride << stage)) for stage in range(1, STAGES + 1)]
         inputs = [width, *self.channels]
         self.layer1 = _stage(inputs[0], self.channels[0], blocks[0])
         self.layer2 = _stage(inputs[1], self.channels[1], blocks[1])
@@ -47,8 +51,7 @@ class IResNet(Backbone):
         self.layer4 = _stage(inputs[3], self.channels[3], blocks[3])
         self.bn2 = nn.BatchNorm2d(self.channels[-1])
         self.dropout = nn.Dropout(dropout)
-        side = -(-image_size // (stem_stride << STAGES))
-        self.fc = nn.Linear(self.channels[-1] * side**2, embedding_size)
+        self.fc = nn.Linear(self.channels[-1] * self.sides[-1] ** 2, embedding_size)
         self.features = feature_norm(embedding_size)
         initialise(self)
 

@@ -46,9 +46,10 @@ class LGAF(Backbone):
         super().__init__()
         self.embedding_size = trunk.embedding_size
         self.trunk = trunk
-        self.mhms = MHMS(trunk.channels[mhms.stage - 1], trunk.embedding_size, mhms, dropout)
-        self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
         self._stage = mhms.stage - 1
+        inputs, side = trunk.channels[self._stage], trunk.sides[self._stage]
+        self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout)
+        self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
 
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
@@ -109,20 +110,20 @@ def batch_statistics(norm_GK: Tensor) -> tuple[Tensor, Tensor]:
 class MHMS(nn.Module):
     """Multi-head multi-scale local feature extraction: a map [B, C, H, W] to the local feature [B, D]."""
 
-    def __init__(self, inputs: int, size: int, config: MHMSConfig, dropout: float) -> None:
+    def __init__(self, inputs: int, side: int, size: int, config: MHMSConfig, dropout: float) -> None:
         super().__init__()
-        channels = max(1, inputs // config.head_reduction)
+        channels, grid = max(1, inputs // config.head_reduction), min(config.grid, side)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 MSNet(inputs, channels, kernels),
                 LANet(channels, config.attention_reduction),
                 SE(channels, config.attention_reduction),
-                nn.AdaptiveAvgPool2d(config.grid),
+                nn.AdaptiveAvgPool2d(grid),
             )
             for kernels in config.heads
         )
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(len(config.heads) * channels * config.grid**2, size)
+        self.fc = nn.Linear(len(config.heads) * channels * grid**2, size)
         self.features = feature_norm(size)
         initialise(self)
 

@@ -175,11 +175,12 @@ def test_copies_and_loaded_states_are_the_same_network(config, lgaf, images):
             assert value.equal(wanted)
 
 
-@pytest.mark.parametrize("stage", [2, 3, 4])
+@pytest.mark.parametrize(("stage", "channels", "side"), [(2, 16, 8), (3, 32, 4), (4, 64, 2)])
 @pytest.mark.parametrize("grid", [1, 3])
-def test_the_heads_can_read_any_later_stage(config, images, stage, grid):
-    mhms = MHMSConfig(stage=stage, grid=grid, head_reduction=3)
+def test_the_heads_can_read_any_later_stage(config, images, stage, channels, side, grid):
+    mhms = MHMSConfig(stage=stage, grid=grid, head_reduction=4, heads=((1, 3), (5,)))
     net = build(config.model_copy(update={"mhms": mhms}), 32)
+    assert net.mhms.fc.in_features == 2 * (channels // 4) * min(grid, side) ** 2
     assert net(images).emb_BD.shape == (6, 16)
 
 
