@@ -155,14 +155,18 @@ class _Training:
         for step in range(first_step, self.steps):
             self._step(step, batches, pace)
             done = step + 1
-            is_last = done == self.steps
-            if is_last or done % self.config.log_every_steps == 0:
+            is_save_due = self._is_due(done, self.config.checkpoint.every_steps)
+            # A checkpoint never knows of steps that the records do not.
+            if is_save_due or self._is_due(done, self.config.log_every_steps):
                 self._look(pace)
-            if is_last or done % self.config.checkpoint.every_steps == 0:
+            if is_save_due:
                 self._save(done)
-            if is_last or done % self.config.evaluation.every_steps == 0:
+            if self._is_due(done, self.config.evaluation.every_steps):
                 self._evaluate(done)
             pace.leave_out_since_step()
+
+    def _is_due(self, done: int, every_steps: int) -> bool:
+        return done == self.steps or done % every_steps == 0
 
     def _step(self, step: int, batches: Iterator[Batch], pace: Pace) -> None:
         optimizer = self.config.optimizer

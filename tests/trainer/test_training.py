@@ -114,7 +114,8 @@ def test_a_changed_configuration_is_refused_once(straight, faces):
     assert done.returncode != 0
     for changed in ("optimizer.learning_rate: 0.1 -> 0.3", "head.scale: 32.0 -> 16.0"):
         assert done.stderr.count(changed) == 1, done.stderr
-    assert "Traceback" not in done.stderr.partition("torch.distributed")[0]
+    # torchrun has a traceback of its own, after ours if there were one.
+    assert "Traceback" not in done.stderr[: done.stderr.index("lgaf: rank")]
 
 
 def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
@@ -123,7 +124,7 @@ def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
     expected = json.loads((straight / "result.json").read_text())["verification"]["held_out"]
     assert json.loads(done.stdout)["held_out"]["accuracy"] == pytest.approx(expected["accuracy"], abs=0.02)
     both = run("eval", straight, "--pairs", faces / "held_out.bin", ranks=2)
-    assert json.loads(both.stdout) == pytest.approx(json.loads(done.stdout))
+    assert json.loads(both.stdout)["held_out"] == pytest.approx(json.loads(done.stdout)["held_out"])
 
 
 def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):
