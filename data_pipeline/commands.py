@@ -105,16 +105,24 @@ def pack(
     ],
     size: Annotated[int, typer.Option(min=16, help="Width and height of the stored images, pixels.")] = 112,
     quality: Annotated[int, typer.Option(min=1, max=95, help="JPEG quality of the stored images.")] = 95,
+    hold_out: Annotated[
+        int, typer.Option(min=0, help="Identities, the last ones, to verify on instead of training on them.")
+    ] = 0,
 ) -> None:
     """Pack a folder of images into train.rec, train.idx and property; identities.tsv names the classes.
+
+    With --hold-out, held_out.bin gets pairs of images of the people held out.
 
     Images are cropped to their central square and resized; a JPEG of the right size is kept as it is.
     """
     with _progress("packing") as progress:
-        done = packing.pack_folder(folder, out, size=size, quality=quality, progress=progress)
+        done = packing.pack_folder(
+            folder, out, size=size, quality=quality, hold_out=hold_out, progress=progress
+        )
     typer.echo(
         f"{out}: {done.images} images of {done.identities} identities, {done.image_bytes / 1e6:.1f} MB "
         f"({done.kept_images} kept as they were)"
+        + (f"; {done.pairs} pairs of {hold_out} others" if hold_out else "")
     )
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_pipeline.catalog import open_catalog
 from data_pipeline.packing import PackSummary, pack_folder
+from data_pipeline.verification import read_pairs
 
 
 @pytest.fixture
@@ -119,3 +120,37 @@ def test_an_output_folder_with_content_is_refused(people, tmp_path):
     (out / "train.rec").write_bytes(b"precious")
     refused(people, out, r"out: expected an empty folder to pack into, found 1 entries \(train.rec\)")
     assert (out / "train.rec").read_bytes() == b"precious"
+
+
+def test_the_last_identities_are_held_out_as_pairs(tmp_path):
+    for person in range(5):
+        (tmp_path / "in" / f"p{person}").mkdir(parents=True)
+        for number in range(4):
+            colour = (40 + 40 * person, 10 * number, 90)
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "in" / f"p{person}" / f"{number}.png")
+    done = pack_folder(tmp_path / "in", tmp_path / "out", size=32, hold_out=3)
+    assert (done.identities, done.images, done.pairs) == (2, 8, 36)  # 3 people x 6 pairs, and as many of two
+    assert open_catalog(tmp_path / "out").num_classes == 2
+    pairs = read_pairs(tmp_path / "out" / "held_out.bin")
+    reds = [np.asarray(Image.open(io.BytesIO(image)), int)[..., 0].mean() for image in pairs.images]
+    person_2P = np.rint((np.array(reds) - 40) / 40).astype(int)
+    assert set(person_2P) == {2, 3, 4}
+    np.testing.assert_array_equal(person_2P[::2] == person_2P[1::2], pairs.issame_P)
+    assert pairs.issame_P.tolist() == [True, False] * 18
+    shown = {frozenset(pair) for pair in zip(pairs.images[::2], pairs.images[1::2], strict=True)}
+    assert len(shown) == 36
+    assert all(len(pair) == 2 for pair in shown)
+
+
+@pytest.mark.parametrize("hold_out", [1, 3])
+def test_too_few_held_out_or_left(people, tmp_path, hold_out):
+    with pytest.raises(ValueError, match=rf"at least 2 of the 3 identities, .* found {hold_out} to hold out"):
+        pack_folder(people, tmp_path / "out", hold_out=hold_out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_held_out_image_that_cannot_be_read_leaves_nothing(people, tmp_path):
+    (people / "s10" / "1.pgm").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1\.pgm: expected an image"):
+        pack_folder(people, tmp_path / "out", hold_out=2)
+    assert not list((tmp_path / "out").glob("*"))
