@@ -61,6 +61,7 @@ class Decoder:
         self._source, self._name_of = source, name_of
         self._source_error: Exception | None = None
         self._next = 0
+        self._device_id = device_id
         self._pipeline = _graph(
             self._arrays,
             image_size,
@@ -75,14 +76,15 @@ class Decoder:
         return self
 
     def __next__(self) -> torch.Tensor:
+        # On torch's stream, so that DALI reuses a buffer only after the copy below has been made on the GPU.
+        stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
-            (images,) = self._pipeline.run()
+            (images,) = self._pipeline.run(stream)
         except RuntimeError as error:
             if error is self._source_error:
                 raise
             raise self._explain(self._next, error) from error
         self._next += 1
-        # DALI reuses its buffer for a later batch; the network's copy must outlive that.
         return torch.from_dlpack(images.as_tensor()).clone()
 
     def _arrays(self, i: int) -> tuple:
@@ -104,11 +106,18 @@ class Decoder:
 
 
 def decode_all(
-    encoded: list[bytes], name: str, *, batch_size: int, image_size: int, threads: int, device_id: int | None
+    encoded: list[bytes],
+    name: str,
+    *,
+    first: int = 0,
+    batch_size: int,
+    image_size: int,
+    threads: int,
+    device_id: int | None,
 ) -> Iterator[torch.Tensor]:
     """Decode a list of images in order, unaugmented, `batch_size` at a time (the last batch may be smaller).
 
-    Raises DecodeError naming `name` and the image's number.
+    Raises DecodeError naming `name` and the image's number, counted from `first`.
     """
 
     def source(i: int) -> EncodedBatch:
@@ -119,7 +128,7 @@ def decode_all(
 
     return Decoder(
         source,
-        lambda i, row: f"{name}: image {i * batch_size + row}",
+        lambda i, row: f"{name}: image {first + i * batch_size + row}",
         batch_size=batch_size,
         image_size=image_size,
         threads=threads,

@@ -225,6 +225,8 @@ def test_decode_all_names_the_image(jpeg):
     images = [jpeg(0), jpeg(1), jpeg(2), b"\xff\xd8 broken"]
     with pytest.raises(DecodeError, match=r"lfw.bin: image 3 cannot be decoded"):
         list(decode_all(images, "lfw.bin", batch_size=2, image_size=48, threads=1, device_id=None))
+    with pytest.raises(DecodeError, match=r"lfw.bin: image 43 cannot be decoded"):
+        list(decode_all(images, "lfw.bin", first=40, batch_size=2, image_size=48, threads=1, device_id=None))
 
 
 PROGRAM = """

@@ -46,15 +46,16 @@ class PairSets:
         part = -(-len(images) // self._ranks.world_size)
         start = part * self._ranks.rank
         mine = [images[min(i, len(images) - 1)] for i in range(start, start + part)]
-        emb_ND = torch.cat([_with_flip(embed, batch) for batch in self._decoded(mine, name)])
+        emb_ND = torch.cat([_with_flip(embed, batch) for batch in self._decoded(mine, start, name)])
         gathered = [torch.empty_like(emb_ND) for _ in range(self._ranks.world_size)]
         dist.all_gather(gathered, emb_ND, group=self._ranks.group)
         return torch.cat(gathered)[: len(images)].cpu().numpy()
 
-    def _decoded(self, images: list[bytes], name: str) -> Iterable[torch.Tensor]:
+    def _decoded(self, images: list[bytes], first: int, name: str) -> Iterable[torch.Tensor]:
         return decode_all(
             images,
             str(self._files[name]),
+            first=first,
             batch_size=self._batch_size,
             image_size=self._image_size,
             threads=default_threads(self._ranks.placement.local_world_size),
