@@ -101,6 +101,12 @@ class Loader:
             images_BCHW, label_B.to(images_BCHW.device, non_blocking=True), torch.from_numpy(sample_B)
         )
 
+    def labels_of_step(self, step: int) -> torch.Tensor:
+        """Labels int64 [global batch] of all samples of a step, those of the other ranks too."""
+        start = step * self._share.global_batch
+        sample_N = np.arange(start, start + self._share.global_batch, dtype=np.int64)
+        return torch.from_numpy(self._catalog.label_N[self._records(sample_N)])
+
     def _records(self, sample_B: np.ndarray) -> np.ndarray:
         return order.record_of(self._seed, sample_B, len(self._catalog))
 

@@ -1,6 +1,7 @@
-"""The head's four dealings with other ranks, and its only calls of torch.distributed.
+"""The head's dealings with other ranks, and its only calls of torch.distributed.
 
     gather           emb_BD, label_B, norm_BK -> the same of all ranks     one all-gather
+    reduce_targets   target cosines of a shard -> those of all classes     one all-reduce of 8 G bytes
     reduce_softmax   lse_G, target_G of a shard -> those of all classes    one all-reduce of 16 G bytes
     scatter          partial grad_GD -> complete grad_BD                   one reduce-scatter
     logical          rows of a shard -> the one tensor of all classes      no communication
@@ -72,14 +73,24 @@ def scatter(grad_GD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return grad_BD
 
 
-def reduce_softmax(lse_G: Tensor, target_G: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over all classes and target logit, both float64 [G], from those of every shard.
+def reduce_targets(cos_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Target cosines float64 [G] known to all ranks, from those of every shard, 0 where it is elsewhere."""
+    cos_G = cos_G.double()
+    if group is not None:
+        dist.all_reduce(cos_G, group=group)
+    return cos_G
 
-    A shard without classes brings lse -inf; one that does not own a row's target brings target 0.
+
+def reduce_softmax(
+    others_lse_G: Tensor, target_G: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over all classes but the target, and target logit, both float64 [G], from every shard's.
+
+    A shard without other classes brings lse -inf; one that does not own a row's target brings target 0.
     In float64 the exponential of any logit that HeadConfig allows is in range, so no maximum has to be
     agreed on first, and a plain sum does for both.
     """
-    sums_2G = torch.stack([lse_G.double().exp(), target_G.double()])
+    sums_2G = torch.stack([others_lse_G.double().exp(), target_G.double()])
     if group is not None:
         dist.all_reduce(sums_2G, group=group)
     return sums_2G[0].log(), sums_2G[1]

@@ -1,4 +1,4 @@
-"""The margin softmax in plain PyTorch: all logits [G, R] at once, gradients by autograd.
+"""The margin softmax in plain PyTorch: all logits [G, S] at once, gradients by autograd.
 
 The twin with which tests and benchmarks compare, in the same three phases as `streaming`, on small code that
 is easy to believe: nothing here is derived by hand but the share of this rank in the softmax of all.
@@ -13,54 +13,78 @@ import torch
 from torch import Tensor
 
 from partial_fc.margin import Margin
+from partial_fc.optim import Rows
+from partial_fc.sampling import Sample
 
 
 @dataclass(frozen=True)
 class LocalSoftmax:
-    """One batch against this rank's classes; lse_G and target_G carry their graph."""
+    """One batch against this rank's classes; all but the sample carry their graph."""
 
-    lse_G: Tensor
+    others_lse_G: Tensor
     target_G: Tensor
+    penalty_G: Tensor
     emb_GD: Tensor
-    weight_RD: Tensor
+    weight_SD: Tensor
+    sample: Sample
 
 
 class Dense:
     """See above; each method does what the one of the same name does in `streaming.Streaming`."""
 
-    def __init__(self, margin: Margin, scale: float) -> None:
+    def __init__(self, margin: Margin, scale: float, interclass_filter: float | None) -> None:
         self._margin = margin
         self._scale = scale
-        self._grad_RD: Tensor | None = None
+        self._filter = interclass_filter
+        self._rows: Rows = slice(0, 0)
+        self._grad_SD: Tensor | None = None
 
     @torch.enable_grad()
-    def local_softmax(self, weight_RD: Tensor, emb_GD: Tensor, label_G: Tensor) -> LocalSoftmax:
-        emb_GD, weight_RD = emb_GD.detach().requires_grad_(), weight_RD.detach().requires_grad_()
-        cos_GR = _unit(emb_GD) @ _unit(weight_RD).T
-        if len(weight_RD) == 0:
-            nothing_G = cos_GR.sum(1)
-            return LocalSoftmax(nothing_G - torch.inf, nothing_G, emb_GD, weight_RD)
-        here_G, column_G1 = label_G >= 0, label_G.clamp(min=0)[:, None]
-        cos_G = cos_GR.gather(1, column_G1)[:, 0]
-        target_G = self._margin.target(cos_G)[0]
-        logits_GR = self._scale * cos_GR.scatter(1, column_G1, target_G.where(here_G, cos_G)[:, None])
-        return LocalSoftmax(logits_GR.logsumexp(1), self._scale * target_G * here_G, emb_GD, weight_RD)
+    def local_softmax(
+        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+    ) -> LocalSoftmax:
+        emb_GD = emb_GD.detach().requires_grad_()
+        weight_SD = weight_RD.detach()[sample.rows].requires_grad_()
+        cos_GS = _unit(emb_GD) @ _unit(weight_SD).T
+        is_target_GS = torch.arange(len(sample), device=label_G.device) == label_G[:, None]
+        is_here_G = is_target_GS.any(1)
+        norm_G = emb_GD.norm(dim=1)
+        target_G = self._margin.target((cos_GS * is_target_GS).sum(1), norm_G).logit_G * is_here_G
+        other_GS = cos_GS
+        if known_cos_G is not None:
+            bound_G = self._margin.target(known_cos_G, norm_G.detach()).logit_G
+            other_GS, _ = self._margin.others(cos_GS, bound_G)
+        left_out_GS = is_target_GS
+        if self._filter is not None:
+            left_out_GS = is_target_GS | (cos_GS > self._filter)
+        others_lse_G = (self._scale * other_GS).masked_fill(left_out_GS, -torch.inf).logsumexp(1)
+        penalty = self._margin.penalty(norm_G)
+        penalty_G = torch.zeros_like(norm_G) if penalty is None else penalty[0] * is_here_G
+        return LocalSoftmax(
+            others_lse_G, self._scale * target_G, penalty_G + 0 * norm_G, emb_GD, weight_SD, sample
+        )
 
     def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        # Of lse over all ranks, this rank's classes hold exp(local lse - lse): so does its gradient.
-        part_G = (local.lse_G.detach() - lse_G).exp()
-        grad_GD, grad_RD = torch.autograd.grad(
-            [local.lse_G, local.target_G],
-            [local.emb_GD, local.weight_RD],
-            [row_weight_G * part_G, -row_weight_G],
+        # Of lse over all ranks, this rank's other classes hold exp(their lse - lse): so does its gradient.
+        others_part_G = (local.others_lse_G.detach() - lse_G).exp()
+        target_part_G = (local.target_G.detach() - lse_G).exp() - 1
+        grad_GD, grad_SD = torch.autograd.grad(
+            [local.others_lse_G, local.target_G, local.penalty_G],
+            [local.emb_GD, local.weight_SD],
+            [row_weight_G * others_part_G, row_weight_G * target_part_G, row_weight_G],
         )
-        self._grad_RD = grad_RD if self._grad_RD is None else self._grad_RD + grad_RD
+        self._rows = local.sample.rows
+        self._grad_SD = grad_SD if self._grad_SD is None else self._grad_SD + grad_SD
         return grad_GD
 
-    def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        grad_RD, self._grad_RD = self._grad_RD, None
-        assert grad_RD is not None, "a step needs a batch"
-        yield slice(0, len(weight_RD)), grad_RD
+    def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+        grad_SD = self._grad_SD
+        self.forget()
+        assert grad_SD is not None, "a step needs a batch"
+        yield self._rows, grad_SD
+
+    def forget(self) -> None:
+        self._grad_SD = None
 
 
 def _unit(vector_ND: Tensor) -> Tensor:

@@ -1,28 +1,33 @@
 """The classifier of all identities, sharded over the ranks: it owns the class rows and orders the parts.
 
 One training step is A micro-batches and one update:
+    first:    begin_step
     for each: collectives.gather -> forward_backward -> collectives.scatter -> backbone's backward
-    then:     step
-`forward_backward` works with the rows as they are and remembers the batch; `step` finds the weight gradient
-of all batches remembered, tile by tile, and moves each tile's rows at once. So A micro-batches give what
-their concatenation would, to rounding, and a gradient of the size of the weight exists at no time.
+    then:     step, or skip_step if a number is not finite
+`begin_step` settles which classes take part: it is told the labels of the whole step, since the classes of
+the last micro-batch are negatives of the first. `forward_backward` works with the rows as they are and
+remembers the batch; `step` finds the weight gradient of all batches remembered, tile by tile, and moves each
+tile's rows at once. So A micro-batches give what their concatenation would, to rounding, and a gradient of
+the size of the weight exists at no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from partial_fc import collectives, margin, partition
+from partial_fc import collectives, margin, optim, partition, sampling
 from partial_fc.config import HeadConfig
 from partial_fc.dense import Dense
-from partial_fc.optim import RowSGD
-from partial_fc.streaming import Streaming
+from partial_fc.margin import Margin
+from partial_fc.optim import Rows
+from partial_fc.sampling import Sample
+from partial_fc.streaming import Streaming, target_units, unit
 
 IGNORE = -1
 _INITIAL_STD = 0.01
@@ -32,13 +37,25 @@ _BLOCK = 1024
 class MarginSoftmax(Protocol):
     """The seam between the head and its backends; `streaming.Streaming` says what the three phases do."""
 
-    def local_softmax(self, weight_RD: Tensor, emb_GD: Tensor, label_G: Tensor) -> Any:
-        """Anything with `lse_G` and `target_G`, for the next phase."""
+    def local_softmax(
+        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+    ) -> Any:
+        """Anything with `others_lse_G` and `target_G`, for the next phase."""
         ...
 
     def embedding_gradient(self, local: Any, lse_G: Tensor, row_weight_G: Tensor) -> Tensor: ...
 
-    def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[slice, Tensor]]: ...
+    def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]: ...
+
+    def forget(self) -> None: ...
+
+
+class _Observed(NamedTuple):
+    """What the margin's statistics will want of a micro-batch at the end of the step."""
+
+    cos_G: Tensor
+    norm_G: Tensor
+    is_counted_G: Tensor
 
 
 class PartialFC:
@@ -68,9 +85,26 @@ class PartialFC:
         self.classes = partition.class_range(num_classes, *collectives.rank_and_size(group))
         self.weight_RD = torch.empty(len(self.classes), embedding_size, dtype=dtype, device=device)
         _fill_initial(self.weight_RD, self.classes, seed)
-        self._optimizer = RowSGD(self.weight_RD, config.momentum, config.weight_decay)
-        self._softmax = _softmax(config)
+        self._optimizer = optim.build(config, self.weight_RD)
+        self._margin = margin.build(config.margin, device)
+        self._softmax = _softmax(config, self._margin)
+        self._sample_rate, self._seed = config.sample_rate, seed
+        self._sample = Sample(len(self.classes)) if config.sample_rate == 1 else None
+        self._label_N: Tensor | None = None
+        self._observed: list[_Observed] = []
         self._group = group
+
+    @torch.no_grad()
+    def begin_step(self, step: int, label_N: Tensor) -> None:
+        """Settle which classes take part in step number `step`, and begin it.
+
+        label_N: int64, the labels of all samples of the step: of all ranks, all micro-batches, in any order;
+        -1 stands for none. Their classes take part, and those that a hash of (seed, step, class) draws: the
+        same on any number of ranks. Without sampling, all classes do, and this has nothing to do.
+        """
+        if self._sample_rate < 1:
+            self._label_N = label_N.to(self.weight_RD.device)
+            self._sample = sampling.draw(self._sample_rate, self._seed, step, self.classes, self._label_N)
 
     @torch.no_grad()
     def forward_backward(
@@ -84,43 +118,80 @@ class PartialFC:
         Returns the mean loss over the counted rows of this micro-batch (a scalar, equal on all ranks, not
         times `share`), and d(share * loss) / d(emb_GD), summed over the classes of *this* rank only:
         `collectives.scatter` completes it. Both in the head's dtype. An embedding of zeros has no gradient.
+        If the loss is not finite, no number of the gradient is: who takes the gradient need not look at both.
 
         The step's loss is the sum of share * loss over its micro-batches, each averaged over its own counted
         rows. With a different number of ignored rows in each, a row in a micro-batch that ignores many
         weighs more than it would in one large batch; without any counted row, loss and gradient are 0.
 
-        Raises ValueError for shapes and types other than these and, naming the row, for a label out of range.
+        Raises ValueError for shapes and types other than these and, naming the row, for a label that is out
+        of range or that `begin_step` was not told of.
         """
         self._check(emb_GD, label_G)
+        assert self._sample is not None, "begin_step comes first"
         is_counted_G = label_G != IGNORE
         counted = is_counted_G.sum(dtype=torch.float64).clamp(min=1)
         # Zeros instead of what an ignored row holds, so that not even a NaN in it can spread.
         emb_GD = emb_GD.to(self.weight_RD.dtype).masked_fill(~is_counted_G[:, None], 0)
-        local = self._softmax.local_softmax(self.weight_RD, emb_GD, self._row_of(label_G))
-        lse_G, target_G = collectives.reduce_softmax(
-            local.lse_G.detach(), local.target_G.detach(), self._group
+        position_G = self._sample.position_of(self._row_of(label_G))
+        norm_G, cos_G = torch.linalg.vector_norm(emb_GD, dim=1), None
+        if self._margin.bends_others:
+            cos_G = collectives.reduce_targets(self._target_cosines(emb_GD, position_G), self._group)
+        local = self._softmax.local_softmax(self.weight_RD, self._sample, emb_GD, position_G, cos_G)
+        others_lse_G, target_G = collectives.reduce_softmax(
+            local.others_lse_G.detach(), local.target_G.detach(), self._group
         )
-        loss = ((lse_G - target_G) * is_counted_G).sum() / counted
+        lse_G = torch.logaddexp(others_lse_G, target_G)
+        loss_G = lse_G - target_G
+        penalty = self._margin.penalty(norm_G)
+        if penalty is not None:
+            loss_G = loss_G + penalty[0]
+        loss = (loss_G * is_counted_G).sum() / counted
         row_weight_G = (is_counted_G * (share / counted)).to(emb_GD.dtype)
         grad_GD = self._softmax.embedding_gradient(local, lse_G.to(emb_GD.dtype), row_weight_G)
-        return loss.to(emb_GD.dtype), grad_GD
+        if self._margin.state:
+            cos_G = torch.zeros_like(norm_G) if cos_G is None else cos_G
+            self._observed.append(_Observed(cos_G, norm_G, is_counted_G))
+        return loss.to(emb_GD.dtype), grad_GD + (0 * loss).to(emb_GD.dtype)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Move this rank's rows by the gradient of all micro-batches since the last step; forget these."""
         for rows, grad_TD in self._softmax.weight_gradients(self.weight_RD):
             self._optimizer.update(rows, grad_TD, learning_rate)
+        if self._observed:
+            self._margin.observe(*(torch.cat(parts) for parts in zip(*self._observed, strict=True)))
+        self._end_step()
+
+    def skip_step(self) -> None:
+        """Forget all micro-batches since the last step; rows, moments and statistics stay as they are."""
+        self._softmax.forget()
+        self._end_step()
 
     def logical_state(self) -> dict[str, Tensor]:
-        """`weight` and `momentum`, each as the one [C, D] tensor of all ranks, on the live memory.
+        """`weight` and the moments, each as the one tensor of all C classes, and the margin's statistics.
 
-        DTensors where there is a group: torch.distributed.checkpoint saves them, and loads them in place
-        from what any other number of ranks has saved.
+        All on the live memory; DTensors where there is a group: torch.distributed.checkpoint saves them, and
+        loads them in place from what any other number of ranks has saved.
         """
         local = {"weight": self.weight_RD, **self._optimizer.state}
         return {
-            name: collectives.logical(rows, self.num_classes, self._group) for name, rows in local.items()
+            **{
+                name: collectives.logical(rows, self.num_classes, self._group) for name, rows in local.items()
+            },
+            **{f"margin_{name}": value for name, value in self._margin.state.items()},
         }
+
+    def _end_step(self) -> None:
+        self._observed = []
+        if self._sample_rate < 1:
+            self._sample = self._label_N = None
+
+    def _target_cosines(self, emb_GD: Tensor, position_G: Tensor) -> Tensor:
+        """Of the rows whose target is here; 0 for the others."""
+        assert self._sample is not None
+        target_unit_GD = target_units(self.weight_RD, self._sample, position_G)
+        return (unit(emb_GD)[0] * target_unit_GD).sum(1).where(position_G >= 0, 0)
 
     def _row_of(self, label_G: Tensor) -> Tensor:
         """The row of each label in this rank's shard, -1 where it is on another rank or ignored."""
@@ -142,13 +213,20 @@ class PartialFC:
                 f"row {row} of the gathered batch has label {int(label_G[row])}: expected 0 to "
                 f"{self.num_classes - 1}, or {IGNORE} to ignore the row; correct the labels or num_classes"
             )
+        if self._label_N is not None:
+            is_new_G = (label_G != IGNORE) & ~torch.isin(label_G, self._label_N)
+            if is_new_G.any():
+                row = int(is_new_G.nonzero()[0])
+                raise ValueError(
+                    f"row {row} of the gathered batch has label {int(label_G[row])}, of which "
+                    f"begin_step was not told: expected one of the step's {len(self._label_N)} labels"
+                )
 
 
-def _softmax(config: HeadConfig) -> MarginSoftmax:
-    chosen = margin.build(config.margin)
+def _softmax(config: HeadConfig, chosen: Margin) -> MarginSoftmax:
     if config.backend == "dense":
-        return Dense(chosen, config.scale)
-    return Streaming(chosen, config.scale, config.tile)
+        return Dense(chosen, config.scale, config.interclass_filter)
+    return Streaming(chosen, config.scale, config.interclass_filter, config.tile)
 
 
 def _fill_initial(weight_RD: Tensor, classes: range, seed: int) -> None:

@@ -1,67 +1,241 @@
-"""Margins: the cosine to the target class -> its logit before scaling, and the derivative in closed form.
+"""Margins: from the cosine of the target class to its logit before scaling, and derivatives in closed form.
 
-A margin is one small class with `target`. Its derivative is written out because the streamed softmax
-does without autograd; tests hold it against float64 autograd over all cosines.
+    target     cosine and embedding norm of each row -> logit of its class, and the derivatives by both
+    others     cosines of the other classes -> their logits (CurricularFace only; elsewhere the cosines)
+    penalty    a loss of the norm alone (MagFace only)
+    observe    once per step: running statistics (AdaFace, CurricularFace), which a checkpoint keeps
+
+A margin is one small class. Derivatives are written out because the streamed softmax does without autograd;
+tests hold them against float64 autograd over all cosines. Statistics move at the end of a step, so that the
+micro-batches of a step see the same ones, those of the steps before, and the same on all ranks.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from partial_fc.config import MarginConfig
+from partial_fc.config import AdaFaceConfig, MagFaceConfig, MarginConfig
+
+NEAR_POLE = 1e-6
 
 
-class Margin(Protocol):
-    """What the softmax asks of a margin. Any shape; cosines may leave [-1, 1] by rounding."""
+class Target(NamedTuple):
+    """The target's logit over scale and its derivatives; None where the norm does not take part."""
 
-    def target(self, cos_G: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's logit over scale, and its derivative by the cosine."""
-        ...
+    logit_G: Tensor
+    by_cos_G: Tensor
+    by_norm_G: Tensor | None = None
 
 
-class CosFace:
+class Margin:
+    """What the softmax asks of a margin; what most of them have in common.
+
+    Cosines may leave [-1, 1] by rounding. `state` holds running statistics, scalars, by name.
+    """
+
+    bends_others = False
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
+        raise NotImplementedError
+
+    def others(self, cos_GT: Tensor, target_logit_G: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits over scale of classes that are not the target, and their derivatives by the cosine.
+
+        Asked only if `bends_others`.
+        """
+        raise NotImplementedError
+
+    def penalty(self, norm_G: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A part of the loss that depends on the norm alone, and its derivative."""
+        return None
+
+    def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
+        """Take the rows of a whole step into the running statistics.
+
+        Target cosines are 0 unless `bends_others`: without need no rank is told those of the others.
+        """
+
+
+class Combined(Margin):
+    """cos(m1 theta + m2) - m3; (m1, m2, m3) = (1, m, 0) is ArcFace, (m, 0, 0) SphereFace.
+
+    Source: Deng et al., "ArcFace", CVPR 2019, eq. 4.
+    """
+
+    def __init__(self, m1: float, m2: float, m3: float) -> None:
+        super().__init__()
+        self.m1, self.m2, self.m3 = m1, m2, m3
+
+    def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
+        moved = _moved(cos_G, self.m1, self.m2)
+        return Target(moved.cos_G - self.m3, moved.by_cos_G)
+
+
+class ArcFaceStraightThrough(Combined):
+    """ArcFace's logit with a derivative of 1, as InsightFace's, whose margin autograd does not see."""
+
+    def __init__(self, m: float) -> None:
+        super().__init__(1, m, 0)
+
+    def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
+        shift_G = (super().target(cos_G, norm_G).logit_G - cos_G).detach()
+        return Target(cos_G + shift_G, torch.ones_like(cos_G))
+
+
+class CosFace(Margin):
     """cos(theta) - m. Source: Wang et al., "CosFace", CVPR 2018, eq. 4."""
 
     def __init__(self, m: float) -> None:
+        super().__init__()
         self.m = m
 
-    def target(self, cos_G: Tensor) -> tuple[Tensor, Tensor]:
-        return cos_G - self.m, torch.ones_like(cos_G)
+    def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
+        return Target(cos_G - self.m, torch.ones_like(cos_G))
 
 
-class ArcFace:
-    """cos(theta + m), continued so that it falls with theta up to theta = pi.
+class AdaFace(Margin):
+    """cos(theta - m q) - m (1 + q), where q in [-1, 1] is the embedding's norm, standardised, as its quality.
 
-    Beyond theta + m = pi, cos(theta + m) would rise again and pull hard samples away from their class.
-    There the logit goes on as -2 - cos(theta + m), the continuation of SphereFace: equal in value and slope
-    at the seam, and steep enough that the hardest samples learn. The slope by the cosine,
-    |sin(theta + m)| / sin(theta), has poles at cosines of 1 and -1; within `NEAR_POLE` of them (and beyond,
-    where rounding leads) the logit is its own tangent, so value and derivative stay finite and agree.
-    Sources: Deng et al., "ArcFace", CVPR 2019, eq. 3; Liu et al., "SphereFace", CVPR 2017, eq. 7.
+    No gradient reaches the norm. An angle below 0, where the easiest samples of high quality come to, counts
+    as 0. Before the first step the norms have mean 20 and standard deviation 100, as in the authors' code.
+    Source: Kim et al., "AdaFace", CVPR 2022, eqs. 13 to 15.
     """
 
-    NEAR_POLE = 1e-6
+    NORMS = (1e-3, 100.0)
+    SMALL = 1e-3
 
-    def __init__(self, m: float) -> None:
-        self.cos_m, self.sin_m = math.cos(m), math.sin(m)
+    def __init__(self, m: float, config: AdaFaceConfig, device: torch.device | str) -> None:
+        super().__init__()
+        self.m, self.h, self.momentum = m, config.h, config.momentum
+        self.state = {"norm_mean": _scalar(20.0, device), "norm_std": _scalar(100.0, device)}
 
-    def target(self, cos_G: Tensor) -> tuple[Tensor, Tensor]:
-        inner_G = cos_G.clamp(self.NEAR_POLE - 1, 1 - self.NEAR_POLE)
-        sin_G = ((1 - inner_G) * (1 + inner_G)).sqrt()
-        moved_cos_G = inner_G * self.cos_m - sin_G * self.sin_m
-        moved_sin_G = sin_G * self.cos_m + inner_G * self.sin_m
-        slope_G = moved_sin_G.abs() / sin_G
-        logit_G = torch.where(moved_sin_G >= 0, moved_cos_G, -2 - moved_cos_G)
-        return logit_G + slope_G * (cos_G - inner_G), slope_G
+    def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
+        mean, std = self.state["norm_mean"], self.state["norm_std"]
+        quality_G = (norm_G.detach().clamp(*self.NORMS) - mean) / (std + self.SMALL)
+        quality_G = (quality_G * self.h).clamp(-1, 1).to(cos_G.dtype)
+        moved = _moved(cos_G, 1, -self.m * quality_G)
+        return Target(moved.cos_G - self.m * (1 + quality_G), moved.by_cos_G)
+
+    def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
+        norm_G = norm_G.double().clamp(*self.NORMS)
+        count = is_counted_G.sum()
+        mean = (norm_G * is_counted_G).sum() / count
+        variance = ((norm_G - mean).square() * is_counted_G).sum() / (count - 1)
+        # A single row has no deviation: such a step says nothing.
+        share = self.momentum * (count > 1)
+        _follow(self.state["norm_mean"], mean, share)
+        _follow(self.state["norm_std"], variance.sqrt(), share)
 
 
-_MARGINS: dict[str, type[ArcFace] | type[CosFace]] = {"arcface": ArcFace, "cosface": CosFace}
+class MagFace(Margin):
+    """cos(theta + m(a)): the margin m rises with the norm a, and a regulariser pulls norms up.
+
+    Between norm_low and norm_high, m is a straight line from m_low to m_high and the regulariser is
+    weight (a / norm_high^2 + 1 / a); outside, both stay as at the ends, so no gradient reaches the norm.
+    Source: Meng et al., "MagFace", CVPR 2021, eqs. 5 and 6, section 3.3.
+    """
+
+    def __init__(self, config: MagFaceConfig) -> None:
+        super().__init__()
+        self.low, self.high, self.m_low = config.norm_low, config.norm_high, config.m_low
+        self.rise = (config.m_high - config.m_low) / (config.norm_high - config.norm_low)
+        self.weight = config.regulariser
+
+    def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
+        moved = _moved(cos_G, 1, self.m_low + self.rise * (norm_G.clamp(self.low, self.high) - self.low))
+        return Target(moved.cos_G, moved.by_cos_G, moved.by_shift_G * self.rise * self._is_inside(norm_G))
+
+    def penalty(self, norm_G: Tensor) -> tuple[Tensor, Tensor]:
+        inside_G = norm_G.clamp(self.low, self.high)
+        by_norm_G = (self.high**-2 - inside_G**-2) * self._is_inside(norm_G)
+        return self.weight * (inside_G / self.high**2 + 1 / inside_G), self.weight * by_norm_G
+
+    def _is_inside(self, norm_G: Tensor) -> Tensor:
+        return (norm_G >= self.low) & (norm_G <= self.high)
 
 
-def build(config: MarginConfig) -> Margin:
+class CurricularFace(Combined):
+    """ArcFace whose hard negatives, those with a cosine above the target's logit, become cos (t + cos).
+
+    t is the running mean of the target's cosine, 0 at the start: the better the network, the more they weigh.
+    Source: Huang et al., "CurricularFace", CVPR 2020, eqs. 4 to 7.
+    """
+
+    bends_others = True
+
+    def __init__(self, m: float, momentum: float, device: torch.device | str) -> None:
+        super().__init__(1, m, 0)
+        self.momentum = momentum
+        self.state = {"t": _scalar(0.0, device)}
+
+    def others(self, cos_GT: Tensor, target_logit_G: Tensor) -> tuple[Tensor, Tensor]:
+        is_hard_GT = cos_GT > target_logit_G[:, None]
+        t = self.state["t"]
+        bent_GT = torch.where(is_hard_GT, cos_GT * (t + cos_GT), cos_GT)
+        return bent_GT, torch.where(is_hard_GT, t + 2 * cos_GT, 1).to(cos_GT.dtype)
+
+    def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
+        count = is_counted_G.sum()
+        mean = (cos_G.double() * is_counted_G).sum() / count
+        _follow(self.state["t"], mean, self.momentum * (count > 0))
+
+
+class _Moved(NamedTuple):
+    cos_G: Tensor
+    by_cos_G: Tensor
+    by_shift_G: Tensor
+
+
+def _moved(cos_G: Tensor, factor: float, shift: Tensor | float) -> _Moved:
+    """cos(phi) of the moved angle phi = factor theta + shift, continued so that it falls with theta.
+
+    Beyond phi = pi the cosine would rise again and pull hard samples away from their class. There it goes on
+    as SphereFace's (-1)^k cos(phi) - 2 k, k = floor(phi / pi): equal in value and slope at the seams, and
+    steep enough that the hardest samples learn. Below 0, phi counts as 0. The slope by the cosine,
+    factor |sin(phi)| / sin(theta), has poles at cosines of 1 and -1; within `NEAR_POLE` of them (and beyond,
+    where rounding leads) the result is its own tangent, so value and derivative stay finite and agree.
+    Source: Liu et al., "SphereFace", CVPR 2017, eq. 7.
+    """
+    inner_G = cos_G.clamp(NEAR_POLE - 1, 1 - NEAR_POLE)
+    phi_G = (factor * inner_G.acos() + shift).clamp(min=0)
+    turns_G = (phi_G / math.pi).floor()
+    sign_G = 1 - 2 * (turns_G % 2)
+    fall_G = phi_G.sin().abs()
+    slope_G = factor * fall_G / ((1 - inner_G) * (1 + inner_G)).sqrt()
+    value_G = sign_G * phi_G.cos() - 2 * turns_G
+    return _Moved(value_G + slope_G.detach() * (cos_G - inner_G), slope_G, -fall_G)
+
+
+def _scalar(value: float, device: torch.device | str) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def _follow(running: Tensor, newest: Tensor, share: Tensor) -> None:
+    """Move a running mean in place; with a share of 0, whatever the newest is."""
+    running.copy_(torch.where(share > 0, running + share * (newest - running), running))
+
+
+def build(config: MarginConfig, device: torch.device | str) -> Margin:
     """The margin that the configuration names."""
-    return _MARGINS[config.kind](config.m)
+    match config.kind:
+        case "arcface":
+            return Combined(1, config.m, 0)
+        case "arcface-straight-through":
+            return ArcFaceStraightThrough(config.m)
+        case "cosface":
+            return CosFace(config.m)
+        case "combined":
+            return Combined(config.combined.m1, config.combined.m2, config.combined.m3)
+        case "adaface":
+            return AdaFace(config.m, config.adaface, device)
+        case "magface":
+            return MagFace(config.magface)
+        case "curricularface":
+            return CurricularFace(config.m, config.curricularface.momentum, device)

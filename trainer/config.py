@@ -16,6 +16,7 @@ from trainer.backbones.config import BackboneConfig
 MAY_CHANGE = (
     "run_dir",
     "micro_batch",
+    "skip_limit",
     "log_every_steps",
     "data.path",
     "data.threads",
@@ -91,6 +92,12 @@ class RunConfig(Strict):
     )
     steps: int | None = Field(None, ge=1, description="length of the run in steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data")
+    skip_limit: int = Field(
+        20,
+        ge=1,
+        description="steps in a row that may be skipped, as their loss or gradient is not finite, "
+        "before the run stops",
+    )
     log_every_steps: int = Field(10, ge=1, description="steps between two looks at the losses")
     data: DataConfig
     backbone: BackboneConfig = BackboneConfig()

@@ -2,7 +2,7 @@
 
     emb_BD, norm_BK = engine.forward(images_BCHW)       remembers what backward needs
     engine.backward(emb_BD, grad_BD)                    adds to the gradients
-    engine.step(learning_rate)                          averages over ranks, updates, forgets
+    engine.step(learning_rate) -> bool                  averages over ranks, updates, forgets
 
 Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
 Weights stay float32 at every ZeRO stage; bfloat16 is autocast's, so norms and moments do not lose digits.
@@ -66,7 +66,8 @@ class Engine:
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         self._stage = engine.zero_stage
-        sgd = torch.optim.SGD(
+        # DeepSpeed looks at the gradients itself where it owns them, from stage 1 on.
+        sgd = (_FiniteSGD if self._stage == 0 else torch.optim.SGD)(
             parameter_groups(model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
             momentum=optimizer.momentum,
@@ -74,6 +75,8 @@ class Engine:
         self.is_bf16 = uses_bf16(engine, device)
         self._engine = _initialize(model, sgd, self.is_bf16, self._stage, micro_batch, device)
         self.model = model
+        self._buffers = list(model.buffers())
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._create_momentum(momentum)
 
     def forward(self, images_BCHW: torch.Tensor) -> Features:
@@ -90,11 +93,21 @@ class Engine:
         # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BD is the factor itself.
         self._engine.backward((emb_BD * (grad_BD * self._world_size)).sum())
 
-    def step(self, learning_rate: float) -> None:
-        """Update the weights from the gradients of all micro-batches since the last step."""
+    def step(self, learning_rate: float) -> bool:
+        """Update the weights from the gradients of all micro-batches since `train`; True if that was done.
+
+        False, on all ranks, if any rank's gradient has a number that is not finite: the averages that the
+        ranks share then have one, and nothing moves. Statistics of the forward passes since `train` are
+        undone too.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        is_done: bool = self._engine.was_step_applied()
+        if not is_done:
+            for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+                buffer.copy_(before)
+        return is_done
 
     def synchronize_statistics(self) -> None:
         """Replace BatchNorm's running statistics by their mean over the ranks.
@@ -108,8 +121,10 @@ class Engine:
                         dist.all_reduce(statistic.div_(self._world_size), group=self._group)
 
     def train(self) -> None:
-        """Batch statistics, dropout."""
+        """Batch statistics, dropout: for the micro-batches of the next step."""
         self._engine.train()
+        for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+            before.copy_(buffer)
 
     @torch.no_grad()
     def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -164,6 +179,21 @@ class Engine:
             safe_set_local_optimizer_state(parameter, padded[rank * part :][:part], _MOMENTUM)
         else:
             safe_set_full_optimizer_state(parameter, value, _MOMENTUM)
+
+
+class _FiniteSGD(torch.optim.SGD):
+    """SGD that does not move if a gradient is not finite; `overflow` is how DeepSpeed asks about it.
+
+    Only for gradients that are averaged over the ranks already: then all ranks see the same.
+    """
+
+    overflow = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not torch.stack([grad.sum() for grad in grads]).isfinite().all()
+        if not self.overflow:
+            super().step(closure)
 
 
 def _initialize(

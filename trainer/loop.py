@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from itertools import islice
 
 import torch
 from torch import nn
 
 from data_pipeline.catalog import Catalog, open_catalog
-from data_pipeline.loader import Batch, Loader, Share
+from data_pipeline.loader import Loader, Share
 from partial_fc.head import PartialFC
 from trainer import backbones, checkpoint
 from trainer.config import RunConfig, differences, micro_batch
@@ -32,7 +31,7 @@ from trainer.progress import Display, Reading
 from trainer.records import Records
 from trainer.results import conclude
 from trainer.schedule import learning_rate
-from trainer.step import seed_dropout, train_step
+from trainer.step import Outcome, seed_dropout, train_step
 
 
 def run(config: RunConfig, ranks: Ranks) -> None:
@@ -136,6 +135,8 @@ class _Training:
         self.config, self.ranks, self.share, self.catalog, self.pairs = config, ranks, share, catalog, pairs
         self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
         self.metrics = Metrics()
+        self.skips_in_a_row = 0
+        self.skipped: set[int] = set()  # since the last look
         self.results: dict[str, VerificationResult] = {}
 
     def execute(self, first_step: int) -> None:
@@ -150,10 +151,10 @@ class _Training:
         )
         if first_step in (0, self.steps):
             self._evaluate(first_step)
-        batches = self._batches(first_step)
+        loader = self._loader(first_step)
         pace = Pace()
         for step in range(first_step, self.steps):
-            self._step(step, batches, pace)
+            self._step(step, loader, pace)
             done = step + 1
             is_save_due = self._is_due(done, self.config.checkpoint.every_steps)
             # A checkpoint never knows of steps that the records do not.
@@ -168,7 +169,7 @@ class _Training:
     def _is_due(self, done: int, every_steps: int) -> bool:
         return done == self.steps or done % every_steps == 0
 
-    def _step(self, step: int, batches: Iterator[Batch], pace: Pace) -> None:
+    def _step(self, step: int, loader: Loader, pace: Pace) -> None:
         optimizer = self.config.optimizer
         rate = learning_rate(
             step,
@@ -178,20 +179,35 @@ class _Training:
             power=optimizer.power,
         )
         seed_dropout(self.config.seed, step, self.ranks.rank)
-        loss = train_step(
+        outcome = train_step(
             self.engine,
             self.head,
-            pace.waiting_for(islice(batches, self.share.accumulation)),
+            pace.waiting_for(islice(loader, self.share.accumulation)),
+            step=step,
+            label_N=loader.labels_of_step(step),
             accumulation=self.share.accumulation,
             learning_rate=rate,
             group=self.ranks.group,
         )
-        step_s = pace.step_done(step + 1, loss, rate)
+        step_s = pace.step_done(step + 1, outcome.loss, rate)
         self.metrics.step_done(step + 1, self.share.global_batch, rate, step_s)
         self.display.advance(step + 1)
+        self._count_skips(step + 1, outcome, rate, pace)
 
-    def _batches(self, first_step: int) -> Iterator[Batch]:
-        loader = Loader(
+    def _count_skips(self, step: int, outcome: Outcome, rate: float, pace: Pace) -> None:
+        """Raise ValueError, on all ranks alike, if too many steps in a row could not be taken."""
+        if not outcome.is_skipped:
+            self.skips_in_a_row = 0
+            return
+        self.skips_in_a_row += 1
+        self.skipped.add(step)
+        self.metrics.step_skipped()
+        if self.skips_in_a_row == self.config.skip_limit:
+            self._look(pace)
+            raise ValueError(_diagnosis(step, self.skips_in_a_row, float(outcome.loss), rate, self.config))
+
+    def _loader(self, first_step: int) -> Loader:
+        return Loader(
             self.config.data,
             self.catalog,
             self.share,
@@ -200,31 +216,26 @@ class _Training:
             ranks_on_node=self.ranks.placement.local_world_size,
             device_id=self.ranks.device_id,
         )
-        return iter(loader)
 
     def _look(self, pace: Pace) -> None:
         """Fetch the losses since the last look, which waits for the device, and tell everybody."""
         span = pace.take()
         samples_per_s = self.share.global_batch / span.step_s
         for step, loss, rate in span.steps:
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of step {step} is {loss}: training has diverged; lower "
-                    "optimizer.learning_rate, lengthen optimizer.warmup_steps, or lower head.scale, "
-                    "and train anew in another run_dir"
-                )
             if self.records is not None:
                 self.records.write(
-                    "train",
+                    "skipped" if step in self.skipped else "train",
                     step,
                     samples=step * self.share.global_batch,
-                    loss=loss,
+                    # JSON has no such numbers.
+                    loss=loss if math.isfinite(loss) else None,
                     learning_rate=rate,
                     samples_per_s=samples_per_s,
                     data_wait_s=span.data_wait_s,
                     step_s=span.step_s,
                     time_s=time.time(),
                 )
+        self.skipped.clear()
         step, loss, rate = span.steps[-1]
         self.metrics.looked(loss, samples_per_s, span.data_wait_s * len(span.steps))
         self.display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
@@ -252,3 +263,16 @@ class _Training:
             self.display.say(
                 f"step {step}: {name} accuracy {result.accuracy:.2%} +- {result.accuracy_std:.2%}"
             )
+
+
+def _diagnosis(step: int, skips: int, loss: float, rate: float, config: RunConfig) -> str:
+    """What to look at when nothing but skipped steps comes."""
+    where = "a gradient" if math.isfinite(loss) else "the loss"
+    return (
+        f"steps {step - skips + 1} to {step}: {where} was not finite in any of these {skips} (skip_limit), "
+        "so none was taken: training has diverged. Look at, in this order: the learning rate, "
+        f"{rate:.3g} now: lower optimizer.learning_rate or lengthen optimizer.warmup_steps; the labels: "
+        f"identities mixed up in {config.data.path} let the loss rise until it breaks; head.scale, "
+        f"{config.head.scale:g} now, and the size of head.margin: lower them. Then train anew in another "
+        "run_dir"
+    )

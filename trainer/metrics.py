@@ -18,6 +18,11 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
         self._steps = Counter("lgaf_steps", "Training steps done by this process", registry=registry)
+        self._skipped = Counter(
+            "lgaf_skipped_steps",
+            "Steps skipped by all ranks, as a loss or gradient was not finite",
+            registry=registry,
+        )
         self._samples = Counter("lgaf_samples", "Images trained on, over all ranks", registry=registry)
         self._step = Gauge("lgaf_step", "Number of steps the run has done", registry=registry)
         self._loss = Gauge("lgaf_loss", "Mean loss over all ranks, as last looked at", registry=registry)
@@ -43,6 +48,10 @@ class Metrics:
         self._step.set(steps)
         self._rate.set(learning_rate)
         self._step_s.observe(step_s)
+
+    def step_skipped(self) -> None:
+        """Count a step, already counted as done, that moved nothing."""
+        self._skipped.inc()
 
     def looked(self, loss: float, samples_per_s: float, data_wait_s: float) -> None:
         """Take over what was seen when the losses were last fetched."""

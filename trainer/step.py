@@ -2,12 +2,16 @@
 
     images_BCHW -> backbone -> emb_BD -> gather -> emb_GD -> head -> grad_GD -> scatter -> grad_BD -> backbone
 
-A step is as many rounds of this as there are micro-batches; then both optimizers move, once.
+A step is as many rounds of this as there are micro-batches; then both optimizers move, once, or neither does.
+What is not finite on one rank is agreed on without a message of its own: a loss is the same on all ranks and
+spoils the gradient that leaves the head, a bad gradient of one rank spoils its backbone's, and that spoils
+the average over the ranks, which the engine looks at on all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +26,30 @@ from trainer.engine import Engine
 _DROPOUT_STREAM = 3
 
 
+class Outcome(NamedTuple):
+    """The mean loss over all samples of all ranks, and whether the step was skipped; alike on all ranks."""
+
+    loss: torch.Tensor
+    is_skipped: bool
+
+
 def train_step(
     engine: Engine,
     head: PartialFC,
     batches: Iterable[Batch],
     *,
+    step: int,
+    label_N: torch.Tensor,
     accumulation: int,
     learning_rate: float,
     group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """Train on `accumulation` micro-batches; returns the mean loss over all samples of all ranks.
+) -> Outcome:
+    """Train on `accumulation` micro-batches; label_N are the labels of the whole step, of all ranks.
 
     Raises ValueError, naming the sample, for a label outside the classes.
     """
     engine.train()
+    head.begin_step(step, label_N)
     loss = torch.zeros((), device=engine.device)
     norms = []
     for batch in batches:
@@ -45,10 +59,12 @@ def train_step(
         engine.backward(features.emb_BD, collectives.scatter(grad_GD, group))
         loss += micro_loss / accumulation
         norms.append(gathered.norm_GK)
+    if not engine.step(learning_rate):
+        head.skip_step()
+        return Outcome(loss, is_skipped=True)
     head.step(learning_rate)
-    engine.step(learning_rate)
     engine.model.update_statistics(torch.cat(norms))
-    return loss
+    return Outcome(loss, is_skipped=False)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -52,25 +52,31 @@ def trained(rank, accumulation):
     )
     losses = []
     for step in range(STEPS):
-        loss = train_step(
+        outcome = train_step(
             engine,
             head,
             batches(step, rank, world_size, micro),
+            step=step,
+            label_N=global_batch(step)[1],
             accumulation=accumulation,
             learning_rate=0.1,
             group=dist.group.WORLD,
         )
-        losses.append(loss.item())
+        losses.append(outcome.loss.item())
     state = engine.state()
     rows = {name: tensor.full_tensor() for name, tensor in head.logical_state().items()}
     return losses, {**state["weight"], **rows, "norms": model.counted.clone()}
 
 
-def batches(step, rank, world_size, micro):
-    """This rank's micro-batches, cut from the global batch as the loader does."""
+def global_batch(step):
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(GLOBAL_BATCH, 3, 2, 2, generator=generator)
-    labels = torch.randint(CLASSES, (GLOBAL_BATCH,), generator=generator)
+    return images, torch.randint(CLASSES, (GLOBAL_BATCH,), generator=generator)
+
+
+def batches(step, rank, world_size, micro):
+    """This rank's micro-batches, cut from the global batch as the loader does."""
+    images, labels = global_batch(step)
     for start in range(rank * micro, GLOBAL_BATCH, world_size * micro):
         part = slice(start, start + micro)
         yield Batch(images[part], labels[part], torch.arange(start, start + micro))
