@@ -42,8 +42,8 @@ class RowSGD:
         weight_TD, momentum_TD = self._weight_RD[rows], self.state["momentum"][rows]
         moved_TD = momentum_TD.to(weight_TD.dtype)
         moved_TD.mul_(self._momentum).add_(grad_TD).add_(weight_TD, alpha=self._weight_decay)
-        self.state["momentum"][rows] = moved_TD
-        self._weight_RD[rows] = weight_TD.sub_(moved_TD, alpha=learning_rate)
+        _store(self.state["momentum"], rows, moved_TD)
+        _store(self._weight_RD, rows, weight_TD.sub_(moved_TD, alpha=learning_rate))
 
 
 class RowAdamW:
@@ -81,13 +81,18 @@ class RowAdamW:
             ("second_moment", second_TD),
             ("updates", updates_T1),
         ):
-            self.state[name][rows] = moved
+            _store(self.state[name], rows, moved)
         bias1_T1, bias2_T1 = (
             (1 - beta ** updates_T1.double()).to(weight_TD.dtype) for beta in (self._beta1, self._beta2)
         )
         size_TD = (second_TD / bias2_T1).sqrt_().add_(self.EPS).mul_(bias1_T1)
         weight_TD.mul_(1 - learning_rate * self._weight_decay)
-        self._weight_RD[rows] = weight_TD.addcdiv_(first_TD, size_TD, value=-learning_rate)
+        _store(self._weight_RD, rows, weight_TD.addcdiv_(first_TD, size_TD, value=-learning_rate))
+
+
+def _store(tensor_RD: Tensor, rows: Rows, value_TD: Tensor) -> None:
+    """Put rows back; those that are a view of the tensor are there already, and torch sees that."""
+    tensor_RD[rows] = value_TD.to(tensor_RD.dtype)
 
 
 def build(config: HeadConfig, weight_RD: Tensor) -> RowOptimizer:

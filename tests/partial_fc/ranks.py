@@ -1,12 +1,8 @@
-"""One rank of the jobs that test_ranks.py compares; run as `ranks.py RANK WORLD FOLDER`.
+"""What one rank does in the jobs that test_ranks.py compares.
 
-FOLDER holds cases.json. Every rank runs every case among the first `world` ranks and leaves what it saw in
-rank{RANK}.pt, by case. Spawning costs seconds, so all cases share one spawn.
+Every rank runs every case among the first `world` ranks and returns what it saw, by case. Spawning costs
+seconds, so all cases share one spawn.
 """
-
-import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +11,6 @@ import torch.distributed.checkpoint as dcp
 from partial_fc import collectives
 from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
-
-LEARNING_RATE = 0.5
 
 
 def make_head(case, group):
@@ -31,48 +25,60 @@ def make_head(case, group):
     )
 
 
-def micro_batch(case, step, micro):
-    """The rows [G, D] and labels [G] of all ranks together: labels repeat, and some are ignored."""
-    dice = torch.Generator().manual_seed(1000 * step + micro)
+def whole_batch(case, step):
+    """The rows and labels of a step, of all ranks and micro-batches: labels repeat, some are ignored."""
+    dice = torch.Generator().manual_seed(step)
     rows = case["rows"]
-    emb_GD = torch.randn(rows, case["width"], generator=dice, dtype=torch.float64) * 3
-    label_G = torch.randint(0, case["classes"], (rows,), generator=dice)
-    label_G[1] = label_G[0]
-    label_G[rows - case["ignored"] :] = -1
-    return emb_GD.to(getattr(torch, case["dtype"])), label_G
+    emb_ND = torch.randn(rows, case["width"], generator=dice, dtype=torch.float64) * 3
+    label_N = torch.randint(0, case["classes"], (rows,), generator=dice)
+    label_N[1] = label_N[0]
+    label_N[rows - case["ignored"] :] = -1
+    return emb_ND.to(getattr(torch, case["dtype"])), label_N
 
 
-def run_steps(head, case, group, steps):
-    """Losses, complete gradients of this rank's rows, and this rank's state, after `steps`."""
+def run_steps(head, case, group, steps, micro_batches):
+    """Losses of the steps, complete gradients of this rank's rows, and this rank's state afterwards."""
     rank, size = collectives.rank_and_size(group)
     losses, grads = [], []
     for step in steps:
-        for micro in range(case["micro_batches"]):
-            emb_GD, label_G = micro_batch(case, step, micro)
+        emb_ND, label_N = whole_batch(case, step)
+        head.begin_step(step, label_N)
+        loss = 0
+        for emb_GD, label_G in zip(emb_ND.chunk(micro_batches), label_N.chunk(micro_batches), strict=True):
             mine = slice(rank * len(emb_GD) // size, (rank + 1) * len(emb_GD) // size)
             gathered = collectives.gather(emb_GD[mine], label_G[mine], emb_GD[mine, :0], group)
-            loss, grad_GD = head.forward_backward(
-                gathered.emb_GD, gathered.label_G, share=1 / case["micro_batches"]
+            micro_loss, grad_GD = head.forward_backward(
+                gathered.emb_GD, gathered.label_G, share=1 / micro_batches
             )
-            losses.append(loss)
+            loss += micro_loss / micro_batches
             grads.append(collectives.scatter(grad_GD, group))
-        head.step(LEARNING_RATE)
+        losses.append(loss)
+        head.step(case["learning_rate"])
+    state = head.logical_state()
+    is_shard = {name: hasattr(tensor, "to_local") for name, tensor in state.items()}
     return {
         "loss": torch.stack(losses),
         "grad": torch.stack(grads),
-        **{
-            name: tensor.to_local().clone() if group else tensor.clone()
-            for name, tensor in head.logical_state().items()
+        "rows": {
+            name: (tensor.to_local() if is_shard[name] else tensor).clone()
+            for name, tensor in state.items()
+            if tensor.ndim
         },
+        "statistics": {name: tensor.clone() for name, tensor in state.items() if not tensor.ndim},
     }
 
 
 def run_twins(case, groups):
-    """Three steps on the first `world` ranks, and on rank 0 the same alone on the whole batch."""
-    group = groups[case["world"]]
-    seen = {"sharded": run_steps(make_head(case, group), case, group, range(3))}
+    """Three steps on the first `world` ranks; and on rank 0 the same alone, each step's batch in one piece.
+
+    With ignored rows the pieces stay: they average over their own counted rows.
+    """
+    group, micro_batches = groups[case["world"]], case["micro_batches"]
+    seen = {"sharded": run_steps(make_head(case, group), case, group, range(3), micro_batches)}
     if dist.get_rank() == 0:
-        seen["alone"] = run_steps(make_head(case, None), case, None, range(3))
+        pieces = micro_batches if case["ignored"] else 1
+        seen["alone"] = run_steps(make_head(case, None), case, None, range(3), pieces)
+        seen["start"] = make_head(case, None).weight_RD
     return seen
 
 
@@ -99,32 +105,22 @@ def run_checkpoint(case, groups):
     """Save after one step on all ranks; the next step here, and on fewer ranks that load what was saved."""
     everyone = groups[case["world"]]
     head = make_head(case, everyone)
-    run_steps(head, case, everyone, range(1))
+    run_steps(head, case, everyone, range(1), 1)
     dcp.save(head.logical_state(), checkpoint_id=case["folder"], process_group=everyone)
-    seen = {str(case["world"]): run_steps(head, case, everyone, range(1, 2))}
+    seen = {str(case["world"]): run_steps(head, case, everyone, range(1, 2), 1)}
     if dist.get_rank() < 2:
         pair = groups[2]
         head = make_head(case, pair)
         dcp.load(head.logical_state(), checkpoint_id=case["folder"], process_group=pair)
-        seen["2"] = run_steps(head, case, pair, range(1, 2))
+        seen["2"] = run_steps(head, case, pair, range(1, 2), 1)
     if dist.get_rank() == 0:
         head = make_head(case, None)
         dcp.load(head.logical_state(), checkpoint_id=case["folder"], no_dist=True)
-        seen["1"] = run_steps(head, case, None, range(1, 2))
+        seen["1"] = run_steps(head, case, None, range(1, 2), 1)
     return seen
 
 
-def main(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
+def run_cases(rank, cases):
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, dist.get_world_size() + 1)}
     runs = {"twins": run_twins, "gather": run_gather, "checkpoint": run_checkpoint}
-    cases = json.loads((folder / "cases.json").read_text())
-    seen = {name: runs[case["run"]](case, groups) for name, case in cases.items() if rank < case["world"]}
-    torch.save(seen, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    return {name: runs[case["run"]](case, groups) for name, case in cases.items() if rank < case["world"]}

@@ -7,15 +7,32 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
+from partial_fc import sampling
 from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
-from partial_fc.optim import RowSGD
 
 # Largest error relative to the largest value. Logits of 64 turn float32's rounding of 6e-8 into 4e-6 of a
 # probability, and ArcFace's slope at cosines up to POLE turns it into 1e-4 of a gradient.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 POLE = 0.999
 ARCFACE, COSFACE = {"kind": "arcface", "m": 0.5}, {"kind": "cosface", "m": 0.4}
+MARGINS = [
+    ARCFACE,
+    COSFACE,
+    {"kind": "arcface-straight-through", "m": 0.5},
+    {"kind": "combined", "combined": {"m1": 1.3, "m2": 0.3, "m3": 0.2}},
+    {"kind": "adaface", "m": 0.4, "adaface": {"h": 5.0}},
+    {"kind": "magface", "magface": {"norm_low": 3.0, "norm_high": 9.0}},
+    {"kind": "curricularface", "m": 0.5, "curricularface": {"momentum": 0.5}},
+]
+# The others leave out a part of the derivative on purpose.
+DIFFERENTIABLE = [kind for kind in MARGINS if kind["kind"] not in ("arcface-straight-through", "adaface")]
+OPTIMIZERS = [
+    {},
+    {"moments": "bf16"},
+    {"optimizer": "adamw", "weight_decay": 0.05},
+    {"optimizer": "adamw", "beta2": 0.99, "moments": "bf16"},
+]
 
 
 def make_head(classes, width, dtype=torch.float64, **config):
@@ -41,28 +58,50 @@ def assert_close(found, expected, tolerance, least=0.0):
     assert error <= tolerance * largest, f"error {error:.1e} in numbers up to {largest:.1e}"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 20),
     classes=st.integers(1, 60),
     width=st.integers(2, 24),
     tile=st.none() | st.integers(1, 64),
-    kind=st.sampled_from([ARCFACE, COSFACE]),
+    kind=st.sampled_from(MARGINS),
+    rate=st.sampled_from([1.0, 0.3, 0.01]),
+    interclass_filter=st.none() | st.floats(-0.2, 0.9),
+    optimizer=st.sampled_from(OPTIMIZERS),
     scale=st.sampled_from([1.0, 30.0, 64.0]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     ignored=st.integers(0, 3),
     seed=st.integers(0, 1000),
 )
-def test_streaming_equals_the_dense_twin(rows, classes, width, tile, kind, scale, dtype, ignored, seed):
+def test_streaming_equals_the_dense_twin(
+    rows, classes, width, tile, kind, rate, interclass_filter, optimizer, scale, dtype, ignored, seed
+):
+    """In float32 without what rounding may decide: hard or not, filtered or not, AdamW's sign of nearly 0."""
+    if dtype == torch.float32:
+        assume(kind["kind"] != "curricularface" and interclass_filter is None)
+        assume(optimizer.get("optimizer") != "adamw" and optimizer.get("moments") != "bf16")
     emb_GD, label_G = batch(rows, classes, width, seed, dtype)
     label_G[:ignored] = -1
     found, expected = (
-        make_head(classes, width, dtype, margin=kind, scale=scale, backend=backend, tile=tile)
+        make_head(
+            classes,
+            width,
+            dtype,
+            margin=kind,
+            scale=scale,
+            backend=backend,
+            tile=tile,
+            sample_rate=rate,
+            interclass_filter=interclass_filter,
+            **optimizer,
+        )
         for backend in ("streaming", "dense")
     )
-    for _ in range(2):
+    for step in range(2):
         target_cos_G = torch.cosine_similarity(emb_GD, found.weight_RD[label_G.clamp(min=0)])
         assume(dtype == torch.float64 or target_cos_G.abs().max() < POLE)
+        for head in (found, expected):
+            head.begin_step(step, label_G)
         (loss, grad_GD), (expected_loss, expected_grad_GD) = (
             head.forward_backward(emb_GD, label_G) for head in (found, expected)
         )
@@ -72,11 +111,13 @@ def test_streaming_equals_the_dense_twin(rows, classes, width, tile, kind, scale
         found.step(1e-3)
         expected.step(1e-3)
     for name, tensor in expected.logical_state().items():
-        assert_close(found.logical_state()[name], tensor, TOLERANCE[dtype], least=scale * 1e-2)
+        # A moment that rounds to either of two neighbours in bfloat16 takes its row along.
+        tolerance = 1e-2 if "moments" in optimizer else TOLERANCE[dtype]
+        assert_close(found.logical_state()[name].double(), tensor.double(), tolerance, least=scale * 1e-2)
 
 
 @pytest.mark.parametrize("backend", ["streaming", "dense"])
-@pytest.mark.parametrize("kind", [ARCFACE, COSFACE])
+@pytest.mark.parametrize("kind", DIFFERENTIABLE)
 def test_gradients_are_those_of_the_loss_that_is_returned(backend, kind):
     """By finite differences, so that nothing is shared with either backend."""
     head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, weight_decay=0.0, momentum=0.0)
@@ -204,21 +245,6 @@ def test_a_head_without_classes_and_a_wrong_key_are_refused():
         HeadConfig(scal=3)
 
 
-def test_sgd_is_that_of_torch():
-    weight_RD, grads = torch.randn(5, 3), torch.randn(4, 5, 3)
-    ours, theirs = weight_RD.clone(), torch.nn.Parameter(weight_RD.clone())
-    rows, torch_sgd = (
-        RowSGD(ours, 0.9, 0.01),
-        torch.optim.SGD([theirs], lr=1.0, momentum=0.9, weight_decay=0.01),
-    )
-    for grad_RD, rate in zip(grads, (0.1, 0.2, 0.3, 0.05), strict=True):
-        for part in (slice(0, 2), slice(2, 5)):
-            rows.update(part, grad_RD[part], rate)
-        theirs.grad, torch_sgd.param_groups[0]["lr"] = grad_RD, rate
-        torch_sgd.step()
-    torch.testing.assert_close(ours, theirs.data)
-
-
 def test_rows_at_the_start_depend_on_seed_and_class_alone():
     few, many = (make_head(classes, 16, torch.float32).weight_RD for classes in (1500, 5000))
     assert torch.equal(few, many[:1500])
@@ -264,22 +290,124 @@ def peak_bytes(work):
     return peak
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_streaming_allocates_neither_logits_nor_weight_gradient(accumulation):
-    rows, classes, width, tile = 64, 200_000, 16, 2000
+def test_streaming_allocates_neither_logits_nor_weight_gradient(accumulation, rate):
+    rows, classes, width, tile = 64, 200_000, 16, 500
     emb_GD, label_G = batch(rows, classes, width, dtype=torch.float32)
 
     def step(backend):
-        head = make_head(classes, width, torch.float32, backend=backend, tile=tile)
+        head = make_head(classes, width, torch.float32, backend=backend, tile=tile, sample_rate=rate)
 
         def work():
+            head.begin_step(0, label_G)
             for _ in range(accumulation):
                 head.forward_backward(emb_GD, label_G, share=1 / accumulation)
             head.step(0.1)
 
         return work
 
-    logits_bytes, gradient_bytes = 4 * rows * classes, 4 * classes * width
+    drawn = rate * classes
     expected_bytes = 4 * (rows * tile + 4 * tile * width + (8 + accumulation) * rows * width)
-    assert peak_bytes(step("dense")) > logits_bytes + gradient_bytes
-    assert peak_bytes(step("streaming")) < 1.1 * expected_bytes < gradient_bytes / 10
+    if rate < 1:
+        # Copies of a tile's rows and moments; one byte for each class, and the numbers of those drawn, twice
+        # over where they are made.
+        expected_bytes += 4 * 2 * tile * width + classes + 2 * 8 * drawn
+    assert peak_bytes(step("dense")) > 4 * drawn * (rows + width)
+    assert peak_bytes(step("streaming")) < 1.1 * expected_bytes < 4 * drawn * (rows + width) / 10
+
+
+def test_sampling_reads_and_moves_the_sampled_rows_alone():
+    """A row that is not sampled may hold anything."""
+    for optimizer in OPTIMIZERS:
+        head = make_head(1000, 8, sample_rate=0.1, tile=16, **optimizer)
+        emb_GD, label_G = batch(30, 1000, 8)
+        head.begin_step(7, label_G)
+        is_in_R = sampling.is_drawn(0.1, 5, 7, range(1000), label_G.device)
+        is_in_R[label_G] = True
+        assert 100 < is_in_R.sum() < 200
+        head.weight_RD[~is_in_R] = torch.nan
+        before = {name: rows.clone() for name, rows in head.logical_state().items()}
+        loss, grad_GD = head.forward_backward(emb_GD, label_G)
+        head.step(0.1)
+        assert loss.isfinite()
+        assert grad_GD.isfinite().all()
+        for name, rows in head.logical_state().items():
+            assert rows[~is_in_R].equal(before[name][~is_in_R]) or name == "weight"
+            assert (rows[is_in_R] != before[name][is_in_R]).any(1).all()
+        assert head.weight_RD[~is_in_R].isnan().all()
+
+
+def test_a_class_outside_the_sample_is_no_negative():
+    """The loss is that of a head that has only the sampled classes."""
+    head = make_head(200, 6, sample_rate=0.2, margin=COSFACE, scale=10.0)
+    emb_GD, label_G = batch(5, 200, 6)
+    is_in_R = sampling.is_drawn(0.2, 5, 3, range(200), label_G.device)
+    is_in_R[label_G] = True
+    small = make_head(int(is_in_R.sum()), 6, margin=COSFACE, scale=10.0)
+    small.weight_RD.copy_(head.weight_RD[is_in_R])
+    head.begin_step(3, label_G)
+    loss, grad_GD = head.forward_backward(emb_GD, label_G)
+    expected, expected_grad_GD = small.forward_backward(emb_GD, is_in_R.cumsum(0)[label_G] - 1)
+    assert_close(loss, expected, 1e-12)
+    assert_close(grad_GD, expected_grad_GD, 1e-12)
+
+
+def test_a_label_of_which_begin_step_was_not_told_is_an_error_that_names_the_row():
+    emb_GD, label_G = batch(8, 20, 6)
+    head = make_head(20, 6, sample_rate=0.5)
+    head.begin_step(0, label_G.clamp(max=10))
+    label_G[5] = 15
+    with pytest.raises(ValueError, match=r"row \d of the gathered batch has label \d+, of which begin_step"):
+        head.forward_backward(emb_GD, label_G)
+
+
+def test_a_filtered_negative_adds_nothing():
+    """A second class that is the sample's own person: with the filter it is as if it were not there."""
+    emb_GD, label_G = batch(3, 10, 6)
+    kept, filtered = (make_head(10, 6, interclass_filter=threshold) for threshold in (None, 0.9))
+    for head in (kept, filtered):
+        head.weight_RD[(label_G[0] + 1) % 10] = emb_GD[0]
+    before_D = filtered.weight_RD[(label_G[0] + 1) % 10].clone()
+    loss, grad_GD = filtered.forward_backward(emb_GD[:1], label_G[:1])
+    kept_loss, _ = kept.forward_backward(emb_GD[:1], label_G[:1])
+    assert loss < kept_loss - 10
+    assert abs(grad_GD @ before_D) < 1e-9
+    filtered.step(0.1)
+    decayed_D = before_D * (1 - 0.1 * 5e-4)
+    assert_close(filtered.weight_RD[(label_G[0] + 1) % 10], decayed_D, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "dense"])
+def test_a_skipped_step_leaves_nothing_behind(backend):
+    kind = {"kind": "curricularface"}
+    skipping, straight = (make_head(20, 6, backend=backend, margin=kind, sample_rate=0.5) for _ in range(2))
+    emb_GD, label_G = batch(8, 20, 6)
+    skipping.begin_step(0, label_G)
+    loss, grad_GD = skipping.forward_backward(emb_GD * torch.inf, label_G)
+    assert not loss.isfinite()
+    assert grad_GD.isnan().all()
+    skipping.skip_step()
+    for head in (skipping, straight):
+        head.begin_step(1, label_G)
+        head.forward_backward(emb_GD, label_G)
+        head.step(0.1)
+    for name, tensor in straight.logical_state().items():
+        assert torch.equal(skipping.logical_state()[name], tensor)
+
+
+def test_statistics_stay_the_same_within_a_step_and_then_move():
+    head = make_head(20, 6, margin={"kind": "adaface", "m": 0.4, "adaface": {"momentum": 1.0}})
+    emb_GD, label_G = batch(8, 20, 6)
+    losses = [head.forward_backward(emb_GD, label_G, share=0.5)[0] for _ in range(2)]
+    assert losses[0] == losses[1]
+    head.step(0.0)
+    norm_G = emb_GD.norm(dim=1).repeat(2)
+    assert_close(head.logical_state()["margin_norm_mean"], norm_G.mean(), 1e-12)
+    assert_close(head.logical_state()["margin_norm_std"], norm_G.std(), 1e-12)
+    assert head.forward_backward(emb_GD, label_G)[0] != losses[0]
+
+
+def test_second_moments_that_bfloat16_would_freeze_are_refused():
+    with pytest.raises(ValidationError, match=r"expected beta2 <= 0\.992"):
+        HeadConfig(optimizer="adamw", moments="bf16")

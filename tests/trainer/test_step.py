@@ -112,3 +112,101 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
     found = [drawn(*key) for key in keys]
     assert found == [drawn(*key) for key in keys]
     assert len({tuple(numbers) for numbers in found}) == len(keys)
+
+
+class WithBatchNorm(WithNorms):
+    """Statistics that a forward pass leaves behind, and a gradient that can be spoilt on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers.append(torch.nn.BatchNorm1d(5))
+        self.spoil = False
+        self.layers[0].weight.register_hook(lambda grad: grad * torch.inf if self.spoil else None)
+
+
+def one_step(engine, head, rank, step, fault=None):
+    """A step; with a fault, one that befalls rank 1 alone, in the last of two micro-batches."""
+    is_mine = rank == 1 and fault is not None
+    mine = list(batches(step, rank, 2, 3))
+    if is_mine and fault == "images":
+        mine[1].images_BCHW[0] = torch.nan
+    if is_mine and fault == "rows":
+        rows = head.weight_RD.clone()
+        head.weight_RD[0] = torch.inf
+
+    def spoiling():
+        yield mine[0]
+        engine.model.spoil = is_mine and fault == "gradient"
+        yield mine[1]
+
+    outcome = train_step(
+        engine,
+        head,
+        spoiling(),
+        step=step,
+        label_N=global_batch(step)[1],
+        accumulation=2,
+        learning_rate=0.1,
+        group=dist.group.WORLD,
+    )
+    engine.model.spoil = False
+    if is_mine and fault == "rows":
+        head.weight_RD.copy_(rows)
+    return outcome
+
+
+def with_and_without_faults(rank):
+    """For each ZeRO stage: outcomes of faulty steps between two good ones; states after, and without them."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        states, outcomes = [], []
+        for faults in (("images", "rows", "gradient"), ()):
+            engine = Engine(
+                WithBatchNorm(),
+                EngineConfig(precision="fp32", zero_stage=stage),
+                OptimizerConfig(weight_decay=0.05),
+                micro_batch=3,
+                group=dist.group.WORLD,
+                device=torch.device("cpu"),
+            )
+            head = PartialFC(
+                HeadConfig(scale=8.0, sample_rate=0.5, margin={"kind": "adaface", "m": 0.4}),
+                num_classes=CLASSES,
+                embedding_size=5,
+                seed=2,
+                group=dist.group.WORLD,
+                device="cpu",
+            )
+            one_step(engine, head, rank, 0)
+            outcomes += [tuple(one_step(engine, head, rank, 1, fault)) for fault in faults]
+            last = one_step(engine, head, rank, 2)
+            assert not last.is_skipped
+            engine.synchronize_statistics()
+            rows = {
+                name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+                for name, tensor in head.logical_state().items()
+            }
+            state = {
+                f"{part} {name}": t.clone()
+                for part, named in engine.state().items()
+                for name, t in named.items()
+            }
+            states.append({**state, **rows, "loss": last.loss})
+        found[stage] = outcomes, *states
+    return found
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    return run_ranks(with_and_without_faults, 2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_all_ranks_skip_what_is_not_finite_on_one_and_nothing_moves(faulty, stage):
+    for outcomes, after_faults, without_faults in (ranks[stage] for ranks in faulty):
+        assert [is_skipped for _, is_skipped in outcomes] == [True, True, True]
+        assert [loss.isfinite().item() for loss, _ in outcomes] == [False, False, True]
+        assert after_faults.keys() == without_faults.keys()
+        for name, tensor in without_faults.items():
+            assert tensor.isfinite().all(), name
+            assert torch.equal(after_faults[name], tensor), name

@@ -211,3 +211,19 @@ def test_bad_input_is_said_once_by_two_ranks(faces, tmp_path, override, message)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_not_finite_are_skipped_recorded_and_after_some_diagnosed_once(faces, tmp_path):
+    run_dir = tmp_path / "run"
+    overrides = ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "skip_limit=3", "steps=50")
+    done = run(*train_words(run_dir, faces, *overrides), ranks=2, timeout_s=120)
+    assert done.returncode != 0
+    said = re.findall(r"lgaf: rank [01]: steps (\d+) to (\d+): .* not finite in any of these 3", done.stderr)
+    assert len(said) == 1, done.stderr
+    for clue in ("optimizer.learning_rate", "the labels", "head.scale, 32"):
+        assert done.stderr.count(clue) == 1, done.stderr
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kinds = [record["kind"] for record in records if record["kind"] in ("train", "skipped")]
+    assert kinds == ["train"] * (len(kinds) - 3) + ["skipped"] * 3
+    assert len(kinds) == int(said[0][1]) > 3
+    assert all(record["loss"] is None for record in records if record["kind"] == "skipped")
