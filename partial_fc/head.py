@@ -95,14 +95,16 @@ class PartialFC:
         self._group = group
 
     @torch.no_grad()
-    def begin_step(self, step: int, label_N: Tensor) -> None:
+    def begin_step(self, step: int, label_N: Tensor | None) -> None:
         """Settle which classes take part in step number `step`, and begin it.
 
         label_N: int64, the labels of all samples of the step: of all ranks, all micro-batches, in any order;
         -1 stands for none. Their classes take part, and those that a hash of (seed, step, class) draws: the
-        same on any number of ranks. Without sampling, all classes do, and this has nothing to do.
+        same on any number of ranks. Without sampling, all classes do: then label_N is not looked at and may
+        be None.
         """
         if self._sample_rate < 1:
+            assert label_N is not None, "sampling needs the labels of the step"
             self._label_N = label_N.to(self.weight_RD.device)
             self._sample = sampling.draw(self._sample_rate, self._seed, step, self.classes, self._label_N)
 

@@ -184,7 +184,7 @@ class _Training:
             self.head,
             pace.waiting_for(islice(loader, self.share.accumulation)),
             step=step,
-            label_N=loader.labels_of_step(step),
+            label_N=loader.labels_of_step(step) if self.config.head.sample_rate < 1 else None,
             accumulation=self.share.accumulation,
             learning_rate=rate,
             group=self.ranks.group,

@@ -39,12 +39,14 @@ def train_step(
     batches: Iterable[Batch],
     *,
     step: int,
-    label_N: torch.Tensor,
+    label_N: torch.Tensor | None,
     accumulation: int,
     learning_rate: float,
     group: dist.ProcessGroup,
 ) -> Outcome:
-    """Train on `accumulation` micro-batches; label_N are the labels of the whole step, of all ranks.
+    """Train on `accumulation` micro-batches.
+
+    label_N: the labels of the whole step, of all ranks; only a head that samples classes needs them.
 
     Raises ValueError, naming the sample, for a label outside the classes.
     """

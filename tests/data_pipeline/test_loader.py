@@ -147,6 +147,14 @@ def test_a_global_batch_that_does_not_divide(share, such_as):
         _ = share.accumulation
 
 
+def test_every_rank_knows_the_labels_of_the_whole_step(dataset):
+    ranks = [loader(dataset, Share(rank, 2, 8, 2), first_step=3) for rank in range(2)]
+    seen = [int(label) for rank in ranks for batch in itertools.islice(rank, 2) for label in batch.label_B]
+    for rank in ranks:
+        assert sorted(rank.labels_of_step(3).tolist()) == sorted(seen)
+    assert len(seen) == 8
+
+
 def test_a_loader_goes_on_where_it_was_left(dataset):
     whole = samples(loader(dataset, Share(0, 1, 4, 4)), 6)
     cut = loader(dataset, Share(0, 1, 4, 4))

@@ -17,7 +17,16 @@ from data_pipeline.insightface import InsightFaceWriter
 from tests.trainer.conftest import command, environment, losses, run, train_words
 
 STEPS = 24
-OPTIONS = (f"steps={STEPS}", "optimizer.warmup_steps=4", "checkpoint.every_steps=8", "checkpoint.keep=2")
+OPTIONS = (
+    f"steps={STEPS}",
+    "optimizer.warmup_steps=4",
+    "checkpoint.every_steps=8",
+    "checkpoint.keep=2",
+    # What else of the head is state, and what depends on the step.
+    "head.margin.kind=adaface",
+    "head.sample_rate=0.5",
+    "head.moments=bf16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +169,7 @@ def test_metrics_move_while_it_trains(faces, tmp_path):
     assert second["lgaf_learning_rate"] != first["lgaf_learning_rate"]
     assert second["lgaf_samples_per_second"] > 0
     assert "lgaf_checkpoint_seconds_count" in second
+    assert second["lgaf_skipped_steps_total"] == 0
 
 
 def scrape(url):
