@@ -121,5 +121,5 @@ class Loader:
 
 
 def default_threads(ranks_on_node: int) -> int:
-    """Decode threads of one rank: the cores that this process may use, shared with the node's other ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
+    """Decode threads of one rank: its part of the node's cores, or fewer if it is bound to fewer."""
+    return min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // ranks_on_node))

@@ -45,6 +45,8 @@ def read_pairs(path: Path) -> PairSet:
     Raises VerificationFileError, which names the file, what was expected and what was found, if the file
     is missing, damaged, names a global other than those of bytes and uint8 arrays, or if the counts differ.
     """
+    if not path.is_file():
+        raise VerificationFileError(f"{path}: expected a verification file, found none; correct its path")
     try:
         with open(path, "rb") as file:
             content = _BytesOnlyUnpickler(file, encoding="bytes").load()

@@ -43,8 +43,11 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Submit a training run to Slurm."""
-    if not config.is_file():
-        raise ValueError(f"expected a configuration file, found none at {config.absolute()}")
+    # Not at the head: it brings torch along, which `lgaf --help` does without.
+    from trainer.config import load
+
+    # A mistake in the configuration is found now, not when the job's turn has come.
+    load(config, overrides or [])
     resources = {
         "nodes": nodes,
         "tasks_per_node": tasks_per_node,
@@ -65,7 +68,7 @@ def submit(
 
 
 def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str, Any]) -> submitit.Job[None]:
-    # Not at the head: it brings torch and DeepSpeed along, which `lgaf --help` does without.
+    # As above.
     from trainer.job import train
 
     if not shutil.which("sbatch"):

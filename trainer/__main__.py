@@ -48,7 +48,9 @@ def lgaf(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="configuration file (TOML), such as configs/demo.toml")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="configuration file (TOML), such as configs/demo.toml")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="change one key; may be given several times"),
@@ -72,7 +74,8 @@ def train(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="a checkpoint's folder, or a run directory (its newest)")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="a checkpoint's folder, or a run directory (its newest)"),
     ],
     pairs: Annotated[
         list[Path], typer.Option("--pairs", help="verification file (.bin); may be given several times")

@@ -2,7 +2,7 @@
 
     run_dir/checkpoints/step-00001000/
         *.distcp, .metadata     every tensor under one name, written in parts by all ranks
-        checkpoint.json         step, configuration, versions; written last
+        checkpoint.json         step, configuration, dataset, versions; written last
 
 A checkpoint is written under a temporary name and renamed when it is complete: a folder called step-N is a
 whole checkpoint. Nothing here runs what a file names: tensors are read with `weights_only`, and the metadata,
@@ -58,6 +58,7 @@ class Header:
 
     step: int
     config: dict[str, Any]
+    dataset: dict[str, int]
     versions: dict[str, str]
 
 
@@ -106,7 +107,13 @@ def save(run_dir: Path, state: State, header: Header, *, keep: int, group: dist.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group)
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=group)
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=group)
+    except CheckpointException as error:
+        raise CheckpointError(
+            f"{partial} cannot be written by {_first_cause(error)}; "
+            "see that the disk has room and lets itself be written"
+        ) from error
     if is_first:
         _write_through(partial / _HEADER, json.dumps(asdict(header), indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -128,11 +135,17 @@ def load(checkpoint: Path, state: State, *, group: dist.ProcessGroup) -> None:
     _check_names_and_shapes(checkpoint, state, reader.read_metadata())
     try:
         dcp.load(state, storage_reader=reader, process_group=group)
-    except CheckpointException as error:  # a BaseException, which holds what was raised on each rank
-        rank, (cause, _) = next(iter(error.failures.items()))
+    except CheckpointException as error:
         raise CheckpointError(
-            f"{checkpoint}: a part of it cannot be read by rank {rank}: {cause}; use another checkpoint"
+            f"{checkpoint}: a part of it cannot be read by {_first_cause(error)}; "
+            "remove this folder, and the run goes on from the checkpoint before it"
         ) from error
+
+
+def _first_cause(error: CheckpointException) -> str:
+    """Which rank failed, and why; torch's exception (a BaseException) holds what was raised on each."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def versions() -> dict[str, str]:

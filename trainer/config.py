@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_pipeline import settings
 from data_pipeline.config import DataConfig
 from partial_fc.config import HeadConfig
 from trainer.backbones.config import BackboneConfig
@@ -85,7 +87,9 @@ class RunConfig(Strict):
     """One training run."""
 
     run_dir: Path = Field(description="folder of the run: checkpoints, metrics, results, report")
-    seed: int = Field(1, ge=0, description="all randomness of the run is a function of it and of positions")
+    seed: int = Field(
+        1, ge=0, lt=1 << 63, description="all randomness of the run is a function of it and of positions"
+    )
     global_batch: int = Field(ge=1, description="images per step, over all ranks")
     micro_batch: int = Field(
         64, ge=1, description="most images that a rank takes at once; more per step are accumulated"
@@ -125,8 +129,23 @@ class RunConfig(Strict):
         return math.ceil(self.epochs * records / self.global_batch)
 
     def verification_files(self) -> dict[str, Path]:
-        """Name of each verification set -> its file."""
-        return {path.stem: self.data.path / path for path in self.evaluation.sets}
+        """Name of each verification set -> its file. Raises ValueError if two have one name."""
+        return files_by_name([self.data.path / path for path in self.evaluation.sets])
+
+
+def load(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration file at `path`, changed by `key=value` overrides. Raises ValueError for mistakes."""
+    return settings.load(RunConfig, path, overrides)
+
+
+def files_by_name(files: Sequence[Path]) -> dict[str, Path]:
+    """Verification files by their names without `.bin`. Raises ValueError if two have one name."""
+    named = {path.stem: path for path in files}
+    if len(named) < len(files):
+        raise ValueError(
+            f"verification files {', '.join(map(str, files))}: expected different names; rename one"
+        )
+    return named
 
 
 def micro_batch(config: RunConfig, world_size: int) -> int:

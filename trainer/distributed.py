@@ -129,7 +129,17 @@ def join() -> Iterator[Ranks]:
     An exception inside the block is shown by the first rank that fails and ends the process with exit code 1.
     """
     where = placement(os.environ)
-    store = _store(where)
+    try:
+        store = _store(where)
+    except (dist.DistError, OSError) as error:
+        _show(
+            ValueError(
+                f"the ranks cannot meet at {where.master_address}:{where.master_port}: {error}; see that "
+                "rank 0 runs, that its name resolves on every node, and that no other program has the port"
+            ),
+            where,
+        )
+        _leave(where)
     with _speak_once(where, store):
         device = _device(where)
         # DeepSpeed insists on this variable, which only torchrun sets.
@@ -152,7 +162,7 @@ def join() -> Iterator[Ranks]:
 def _store(where: Placement) -> dist.Store:
     if where.world_size == 1:
         return dist.HashStore()
-    return dist.TCPStore(
+    store = dist.TCPStore(
         where.master_address,
         where.master_port,
         where.world_size,
@@ -161,6 +171,8 @@ def _store(where: Placement) -> dist.Store:
         timeout=_JOIN_TIMEOUT,
         wait_for_workers=False,
     )
+    # That store has seen the ranks of every attempt, each of which must meet and fail for itself.
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _device(where: Placement) -> torch.device:
@@ -176,17 +188,21 @@ def _speak_once(where: Placement, store: dist.Store) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_first_failure(store):
-            _show(error, where)
+        try:
+            if store.add(_FAILURES, 1) == 1:
+                _show(_in_plain_words(error), where)
+        except RuntimeError:
+            # The store went with rank 0, which hosted it and may have been killed. One of the others says so.
+            if where.rank == 1:
+                _show(ValueError("rank 0 is gone; its own words, if it had time for any, say why"), where)
         _leave(where)
 
 
-def _is_first_failure(store: dist.Store) -> bool:
-    try:
-        return store.add(_FAILURES, 1) == 1
-    except RuntimeError:
-        # The store went with the rank that hosted it, so that rank failed first.
-        return False
+def _in_plain_words(error: Exception) -> Exception:
+    """A rank that was killed is known by its connections, which closed; other errors stay as they are."""
+    if isinstance(error, RuntimeError) and re.search(r"onnection (closed|reset)|Broken pipe", str(error)):
+        return ValueError("another rank ended without a word (killed, or out of memory?); see its log")
+    return error
 
 
 def _show(error: Exception, where: Placement) -> None:

@@ -207,7 +207,8 @@ def _initialize(
         "gradient_clipping": 0.0,
         # torch's SGD is not on DeepSpeed's list; tests/trainer compares it with a plain step at each stage.
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16"},
+        # No modules whose gradients would be sent in bfloat16: they are summed in float32, as they are kept.
+        "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     engine, *_ = deepspeed.initialize(
         model=model.to(device), optimizer=sgd, config=config, dist_init_required=False
@@ -217,7 +218,7 @@ def _initialize(
 
 def uses_bf16(config: EngineConfig, device: torch.device) -> bool:
     """Whether matrix products run in bfloat16. Raises ValueError if it is demanded and not supported."""
-    supported = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if config.precision == "bf16" and not supported:
         raise ValueError(f"engine.precision is bf16, which {device} does not support; set it to auto or fp32")
     # A CPU can compute in bfloat16, but without special units more slowly than in float32.

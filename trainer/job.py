@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import settings
 from trainer import backbones, checkpoint
-from trainer.config import RunConfig
+from trainer.config import RunConfig, files_by_name, load
 from trainer.distributed import Ranks, join
 from trainer.engine import uses_bf16
 from trainer.evaluation.pair_protocol import VerificationResult
@@ -23,7 +22,7 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
     A failure is printed by the first rank that has one and ends the process with exit code 1.
     """
     with join() as ranks:
-        run(settings.load(RunConfig, config, overrides), ranks)
+        run(load(config, overrides), ranks)
 
 
 def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, VerificationResult] | None:
@@ -36,7 +35,7 @@ def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, Ve
         state = {"backbone_weight": weights, "backbone_buffer": dict(model.named_buffers())}
         checkpoint.load(found, state, group=ranks.group)
         sets = PairSets(
-            {file.stem: file for file in pairs},
+            files_by_name(pairs),
             image_size=config.data.image_size,
             batch_size=batch_size,
             ranks=ranks,

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from itertools import islice
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from data_pipeline.catalog import Catalog, open_catalog
@@ -48,9 +52,9 @@ def run(config: RunConfig, ranks: Ranks) -> None:
         batch_size=config.evaluation.batch_size,
         ranks=ranks,
     )
-    first_step, engine, head = _open_model(config, catalog, ranks, micro)
     if ranks.is_first:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        _make_run_dir(config.run_dir)
+    first_step, engine, head = _open_model(config, catalog, ranks, micro)
     records = Records(config.run_dir, first_step) if ranks.is_first else None
     steps = config.total_steps(len(catalog))
     with Display(steps, first_step, enabled=ranks.is_first) as display:
@@ -58,6 +62,17 @@ def run(config: RunConfig, ranks: Ranks) -> None:
         training.execute(first_step)
     if ranks.is_first:
         conclude(config, catalog, pairs.sets, training.results, ranks)
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(
+            f"run_dir {run_dir}: expected a folder that can be written, found: {error.strerror}; set another"
+        ) from error
 
 
 def _open_model(
@@ -76,10 +91,10 @@ def _open_model(
     )
     momentum = {name: torch.zeros_like(tensor) for name, tensor in _weights(model).items()}
     first_step = 0
-    latest = checkpoint.newest(config.run_dir)
+    latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
         header = checkpoint.read_header(latest)
-        _refuse_changes(config, header)
+        _refuse_changes(config, catalog, header)
         network = {"weight": _weights(model), "momentum": momentum, "buffer": dict(model.named_buffers())}
         checkpoint.load(latest, _logical(network, head), group=ranks.group)
         first_step = header.step
@@ -95,6 +110,12 @@ def _open_model(
     return first_step, engine, head
 
 
+def _identity(catalog: Catalog) -> dict[str, int]:
+    """What tells one dataset from another, wherever it lies."""
+    labels = catalog.label_N.tobytes()
+    return {"images": len(catalog), "classes": catalog.num_classes, "labels_crc32": zlib.crc32(labels)}
+
+
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
@@ -107,8 +128,25 @@ def _logical(network: checkpoint.State, head: PartialFC) -> checkpoint.State:
     }
 
 
-def _refuse_changes(config: RunConfig, header: checkpoint.Header) -> None:
-    changed = differences(header.config, config.model_dump(mode="json"))
+def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
+    """The newest checkpoint that rank 0 sees, None if it sees none; the others must see it too."""
+    found = [checkpoint.newest(config.run_dir)] if ranks.is_first else [None]
+    dist.broadcast_object_list(found, group=ranks.group, group_src=0)
+    if found[0] is not None and not found[0].is_dir():
+        raise ValueError(f"rank 0 goes on from {found[0]}, which this rank cannot see; share run_dir")
+    return found[0]
+
+
+def _refuse_changes(config: RunConfig, catalog: Catalog, header: checkpoint.Header) -> None:
+    try:
+        # Keys that are newer than the checkpoint had their defaults then.
+        before = RunConfig.model_validate(header.config).model_dump(mode="json")
+    except ValidationError:
+        before = header.config
+    changed = differences(
+        {**before, "dataset": header.dataset},
+        {**config.model_dump(mode="json"), "dataset": _identity(catalog)},
+    )
     if changed:
         raise ValueError(
             f"{config.run_dir} holds a run of another configuration, at step {header.step}; "
@@ -160,7 +198,8 @@ class _Training:
             # A checkpoint never knows of steps that the records do not.
             if is_save_due or self._is_due(done, self.config.log_every_steps):
                 self._look(pace)
-            if is_save_due:
+            # While steps are skipped the state may be what makes them fail: the one before is kept instead.
+            if is_save_due and self.skips_in_a_row == 0:
                 self._save(done)
             if self._is_due(done, self.config.evaluation.every_steps):
                 self._evaluate(done)
@@ -243,7 +282,9 @@ class _Training:
     def _save(self, step: int) -> None:
         started = time.monotonic()
         self.engine.synchronize_statistics()
-        header = checkpoint.Header(step, self.config.model_dump(mode="json"), checkpoint.versions())
+        header = checkpoint.Header(
+            step, self.config.model_dump(mode="json"), _identity(self.catalog), checkpoint.versions()
+        )
         path = checkpoint.save(
             self.config.run_dir,
             _logical(self.engine.state(), self.head),

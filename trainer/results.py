@@ -32,7 +32,7 @@ def conclude(
     ranks: Ranks,
 ) -> None:
     """Write both from the records of the run and the results of its last evaluation."""
-    write_result(config.run_dir, _result(config, results, ranks))
+    write_result(config.run_dir, _result(config, catalog, results, ranks))
     write_report(
         config.run_dir,
         roc=results,
@@ -43,7 +43,9 @@ def conclude(
     )
 
 
-def _result(config: RunConfig, results: dict[str, VerificationResult], ranks: Ranks) -> dict[str, Any]:
+def _result(
+    config: RunConfig, catalog: Catalog, results: dict[str, VerificationResult], ranks: Ranks
+) -> dict[str, Any]:
     records = read(config.run_dir)
     trained = [record for record in records if record["kind"] == "train"]
     untrained = [record for record in records if record["kind"] == "evaluation" and record["step"] == 0]
@@ -53,9 +55,9 @@ def _result(config: RunConfig, results: dict[str, VerificationResult], ranks: Ra
         "verification_accuracy": _mean([result.accuracy for result in results.values()]),
         "verification_accuracy_untrained": _mean([record["accuracy"] for record in untrained]),
         "verification": {name: result.summary() for name, result in results.items()},
-        "samples_per_s": config.global_batch * len(steady) / sum(record["step_s"] for record in steady),
-        "final_loss": trained[-1]["loss"],
-        "steps": trained[-1]["step"],
+        "samples_per_s": len(steady) and config.global_batch * len(steady) / sum(r["step_s"] for r in steady),
+        "final_loss": trained[-1]["loss"] if trained else None,
+        "steps": config.total_steps(len(catalog)),
         "world_size": ranks.world_size,
         "device": _device_name(ranks.device),
         "versions": {"python": platform.python_version(), **checkpoint.versions()},

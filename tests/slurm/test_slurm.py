@@ -101,11 +101,20 @@ def test_a_job_that_fails_says_why_once(slurm_cluster, tmp_path):
 
 def test_lgaf_submit_waits_and_fails_with_the_job(slurm_cluster, tmp_path):
     shape = ("--nodes", 2, "--tasks-per-node", 1, "--gpus-per-node", 0, "--logs", tmp_path / "logs")
-    done = lgaf("submit", DEMO, *shape, "--wait", "--set", "stepz=3", env=slurm_cluster.env)
+    done = lgaf("submit", DEMO, *shape, "--wait", "--set", "data.path=/nowhere", env=slurm_cluster.env)
     assert done.returncode == 1
     assert re.search(r"job \d+: FAILED\n", done.stdout), done.stdout + done.stderr
     error_log = Path(done.stdout.splitlines()[2].strip())
-    assert "stepz" in error_log.read_text()
+    logs = error_log.parent.glob("*_log.err")
+    assert sum(log.read_text().count("no dataset at /nowhere") for log in logs) == 1
+
+
+def test_lgaf_submit_finds_a_mistake_in_the_configuration_before_it_queues(slurm_cluster, tmp_path):
+    shape = ("--nodes", 2, "--tasks-per-node", 1, "--gpus-per-node", 0, "--logs", tmp_path / "logs")
+    done = lgaf("submit", DEMO, *shape, "--set", "stepz=3", env=slurm_cluster.env)
+    assert done.returncode == 1
+    assert "unknown key stepz; did you mean steps?" in done.stderr
+    assert not (tmp_path / "logs").exists()
 
 
 def test_lgaf_submit_repeats_what_sbatch_refused(slurm_cluster, tmp_path):

@@ -19,7 +19,7 @@ CLASSES = 7
 
 
 def header(step):
-    return Header(step, {"seed": 1}, {"torch": "0"})
+    return Header(step, {"seed": 1}, {"images": 7}, {"torch": "0"})
 
 
 def state(rank, size, fill):
@@ -171,4 +171,4 @@ def test_a_tensor_that_would_run_code_is_refused(run_dir, alone, monkeypatch, tm
 
 def test_the_header_is_plain_json(saved):
     held = json.loads((checkpoint.newest(saved) / "checkpoint.json").read_text())
-    assert held == {"step": 30, "config": {"seed": 1}, "versions": {"torch": "0"}}
+    assert held == {"step": 30, "config": {"seed": 1}, "dataset": {"images": 7}, "versions": {"torch": "0"}}

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from data_pipeline import recordio
 from data_pipeline.insightface import InsightFaceWriter
-from tests.trainer.conftest import command, environment, losses, run, train_words
+from data_pipeline.synthetic_set import write_set
+from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
 
 STEPS = 24
 OPTIONS = (
@@ -127,6 +128,69 @@ def test_a_changed_configuration_is_refused_once(straight, faces):
     assert "Traceback" not in done.stderr[: done.stderr.index("lgaf: rank")]
 
 
+def test_another_dataset_is_refused(straight, faces, tmp_path):
+    other = tmp_path / "other"
+    write_set(other, SMALL.model_copy(update={"images_per_identity": 9}))
+    done = run(*train_words(straight, other, *OPTIONS))
+    assert done.returncode == 1
+    assert "dataset.images: 160 -> 180; dataset.labels_crc32: " in done.stderr
+
+
+def test_a_key_newer_than_the_checkpoint_has_its_default(straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    header_file = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "checkpoint.json"
+    header = json.loads(header_file.read_text())
+    del header["config"]["optimizer"]["power"], header["config"]["skip_limit"]
+    header_file.write_text(json.dumps(header))
+    # The demo's power is not the default, so it is a difference; the limit is the default, and is none.
+    done = run(*train_words(run_dir, faces, *OPTIONS))
+    assert done.returncode == 1
+    assert "changed keys: optimizer.power: 2.0 -> 1.5;" in done.stderr
+
+
+def test_a_full_disk_is_said_once(faces, tmp_path):
+    words = command(*train_words(tmp_path / "run", faces, *OPTIONS), ranks=2)
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "-", *words]
+    done = subprocess.run(limited, env=environment(), text=True, capture_output=True, timeout=120)
+    assert done.returncode != 0
+    assert len(re.findall(r"lgaf: rank [01]: .*\.part cannot be written by rank [01]:", done.stderr)) == 1
+    assert done.stderr.count("lgaf: rank") == 1, done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_torchrun_restarts_go_on_from_the_checkpoint(straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    words = command(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    words.insert(words.index("--standalone"), "--max-restarts=1")
+    with subprocess.Popen(
+        words, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process)
+        listed = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True)
+        os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
+        _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert re.search(r"steps (8|16) to 24", said)
+    assert losses(run_dir) == losses(straight)
+
+
+def test_a_killed_rank_is_spoken_of(faces, tmp_path):
+    words = command(*train_words(tmp_path / "run", faces, "steps=100000", "log_every_steps=1"), ranks=2)
+    with subprocess.Popen(
+        words, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and "train" in metrics.read_text(), process)
+        listed = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True)
+        os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    # torchrun may end the other rank before it notices.
+    assert said.count("lgaf: rank") <= 1, said
+    assert "Signal 9 (SIGKILL)" in said
+
+
 def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
     done = run("eval", straight, "--pairs", faces / "held_out.bin")
     assert done.returncode == 0, done.stderr
@@ -148,7 +212,12 @@ def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):
 
 
 def test_metrics_move_while_it_trains(faces, tmp_path):
-    words = command(*train_words(tmp_path / "run", faces, "steps=100000", "log_every_steps=1"), ranks=2)
+    words = command(
+        *train_words(
+            tmp_path / "run", faces, "steps=100000", "log_every_steps=1", "checkpoint.every_steps=4"
+        ),
+        ranks=2,
+    )
     with subprocess.Popen(
         words, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
@@ -168,7 +237,7 @@ def test_metrics_move_while_it_trains(faces, tmp_path):
     assert second["lgaf_loss"] != first["lgaf_loss"]
     assert second["lgaf_learning_rate"] != first["lgaf_learning_rate"]
     assert second["lgaf_samples_per_second"] > 0
-    assert "lgaf_checkpoint_seconds_count" in second
+    assert second["lgaf_checkpoint_seconds_count"] > first["lgaf_checkpoint_seconds_count"]
     assert second["lgaf_skipped_steps_total"] == 0
 
 
@@ -180,6 +249,19 @@ def scrape(url):
         for sample in family.samples
         if "le" not in sample.labels
     }
+
+
+def test_a_run_dir_that_cannot_be_made(faces):
+    done = run(*train_words("/proc/nowhere", faces, *OPTIONS))
+    assert done.returncode == 1
+    assert "lgaf: run_dir /proc/nowhere: expected a folder that can be written, found: " in done.stderr
+
+
+def test_two_verification_files_of_one_name(straight, faces):
+    pairs = faces / "held_out.bin"
+    done = run("eval", straight, "--pairs", pairs, "--pairs", pairs)
+    assert done.returncode == 1
+    assert "expected different names; rename one" in done.stderr
 
 
 def test_a_rank_that_cannot_decode_ends_the_job_with_one_message(faces, tmp_path):
@@ -213,7 +295,7 @@ def copy_with_a_broken_image(faces, folder):
         ("data.path=/nowhere", "no dataset at /nowhere: expected /nowhere/train.rec"),
         ("global_batch=33", "a global_batch of 33 does not divide by 2 ranks"),
         ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat; did you mean"),
-        ('evaluation.sets=["absent.bin"]', "absent.bin: expected a pickle of two lists"),
+        ('evaluation.sets=["absent.bin"]', "absent.bin: expected a verification file, found none"),
     ],
 )
 def test_bad_input_is_said_once_by_two_ranks(faces, tmp_path, override, message):
