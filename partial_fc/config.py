@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # bfloat16 holds 8 binary digits: a moment that fades by less than this share of itself stays where it is.
 _BF16_LEAST_FADE = 2**-7
+# Kernels sum exponentials in float32 without a maximum; see there.
+KERNELS_MAX_SCALE = 64.0
 
 
 class CombinedConfig(BaseModel):
@@ -119,11 +121,24 @@ class HeadConfig(BaseModel):
     tile: int | None = Field(
         None,
         ge=1,
-        description="classes per tile; by default what suits the CPU's cache or 1/64 of the GPU's memory",
+        description="classes per tile; by default what suits the CPU's cache, 1/64 of the GPU's memory, or, "
+        "for kernels, 256 MiB",
     )
-    backend: Literal["auto", "streaming", "dense"] = Field(
+    backend: Literal["auto", "kernels", "streaming", "dense"] = Field(
         "auto",
-        description="streaming: over tiles of classes; dense: all logits, by autograd; auto: streaming",
+        description="streaming: over tiles of classes; kernels: the same in Triton, for GPUs, float32 rows, "
+        "scale <= 64 and margins other than curricularface; dense: all logits, by autograd; auto: kernels "
+        "where they can be used, else streaming",
+    )
+    matrix_inputs: Literal["bf16", "tf32"] = Field(
+        "bf16",
+        description="what kernels round unit embeddings, unit rows and probabilities to before they multiply "
+        "them; rows, moments and sums stay in float32",
+    )
+    deterministic: bool = Field(
+        False,
+        description="kernels in blocks of a fixed size, so that a run repeats bit for bit; by default their "
+        "size is tuned by timing, and with it the order of sums",
     )
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="what moves the class rows; rows that a step did not sample stay as they are"

@@ -13,6 +13,8 @@ the size of the weight exists at no time.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from partial_fc import collectives, margin, optim, partition, sampling
-from partial_fc.config import HeadConfig
+from partial_fc.config import KERNELS_MAX_SCALE, HeadConfig
 from partial_fc.dense import Dense
 from partial_fc.margin import Margin
 from partial_fc.optim import Rows
@@ -87,7 +89,7 @@ class PartialFC:
         _fill_initial(self.weight_RD, self.classes, seed)
         self._optimizer = optim.build(config, self.weight_RD)
         self._margin = margin.build(config.margin, device)
-        self._softmax = _softmax(config, self._margin)
+        self._softmax = _softmax(config, self._margin, self.weight_RD)
         self._sample_rate, self._seed = config.sample_rate, seed
         self._sample = Sample(len(self.classes)) if config.sample_rate == 1 else None
         self._label_N: Tensor | None = None
@@ -225,10 +227,38 @@ class PartialFC:
                 )
 
 
-def _softmax(config: HeadConfig, chosen: Margin) -> MarginSoftmax:
+def _softmax(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> MarginSoftmax:
     if config.backend == "dense":
         return Dense(chosen, config.scale, config.interclass_filter)
-    return Streaming(chosen, config.scale, config.interclass_filter, config.tile)
+    common = (chosen, config.scale, config.interclass_filter, config.tile)
+    if config.backend == "kernels" or (config.backend == "auto" and weight_RD.is_cuda):
+        obstacle = _obstacle_to_kernels(config, chosen, weight_RD)
+        if obstacle is None:
+            from partial_fc.kernels import Kernels  # needs Triton, which not everyone has
+
+            return Kernels(*common, config.matrix_inputs, config.deterministic)
+        if config.backend == "kernels":
+            raise ValueError(f"backend = kernels: expected {obstacle}; change that, or set backend = auto")
+    return Streaming(*common)
+
+
+def _obstacle_to_kernels(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> str | None:
+    """What `kernels` would need and what there is instead; None if it can be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton, found none"
+    if weight_RD.is_cuda:
+        capability = torch.cuda.get_device_capability(weight_RD.device)
+        if capability < (8, 0):
+            return f"a GPU of compute capability 8.0 or more, found {capability[0]}.{capability[1]}"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return f"a GPU (or TRITON_INTERPRET=1, to test), found device {weight_RD.device}"
+    if weight_RD.dtype != torch.float32:
+        return f"rows of torch.float32, found {weight_RD.dtype}"
+    if chosen.bends_others:
+        return f"a margin that leaves other classes as they are, found {config.margin.kind}"
+    if config.scale > KERNELS_MAX_SCALE:
+        return f"scale <= {KERNELS_MAX_SCALE:g}, where exp(logit) fits float32, found {config.scale:g}"
+    return None
 
 
 def _fill_initial(weight_RD: Tensor, classes: range, seed: int) -> None:

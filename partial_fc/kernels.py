@@ -1,0 +1,434 @@
+"""The margin softmax in Triton, for GPUs: the three phases of `streaming` over larger tiles.
+
+Shapes: G rows (embeddings), R classes of this rank, T in a tile, D the embedding size. Per tile:
+    1. _unit_rows        weight rows, those of a sample picked out -> unit rows [T, D] in the matrix type
+       _exponentials     x w^T fused with scale, filter, target, exponential and the sums of rows -> [G, T]
+       _product          [G, T] x [T, D]: the weighted sum of unit rows, which becomes the embedding gradient
+    3. _unit_rows, _exponentials again, now as p = exp(logit - lse)
+       _product          [T, G] x [G, D]: the gradient by the unit rows
+       _through_unit     projects it through the normalisation of the rows, in place
+Targets, G of them, are dealt with in plain PyTorch and float32, margin and all.
+
+Why the exponentials are written out, in the matrix type, instead of staying in registers as in flash
+attention: a float32 accumulator [rows, 512] leaves room for blocks of 64 rows only, and those ask the L2 cache
+of an H100 for more than it delivers. Written out, they cost 4 bytes of traffic a logit, during products of
+2048 FLOP a logit, and the second product is one that cuBLAS runs at full speed; it is also cuBLAS that splits
+its long sum over the processors. Unit rows are made once per tile for the same reason: G / 128 programs would
+otherwise each normalise and round the same rows. All this is calculated, not yet measured.
+The rows are updated by `optim`, tile by tile: it knows all optimizers and types of moments, and knows them
+once.
+
+No running maximum is kept: cosines end at 1, and up to a scale of `KERNELS_MAX_SCALE` float32 holds
+exp(logit), its sum over 2^31 classes, and all that matters beside the largest of a row even if that one is at
+-scale. No sum uses atomics. Only the choice of block sizes, by timing, can change a sum's order from run to
+run; `deterministic` fixes them.
+Memory: about `_TILE_BYTES`, and D numbers of the matrix type for each row that is remembered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from partial_fc.config import KERNELS_MAX_SCALE
+from partial_fc.margin import Margin
+from partial_fc.optim import Rows
+from partial_fc.sampling import Sample
+from partial_fc.streaming import target_units, unit
+
+# Long enough to hide a tile's dozens of launches, small beside the memory of any GPU.
+_TILE_BYTES = 1 << 28
+_LEAST_BLOCK_T = 64
+_ROW_NUMBERS = 4096
+_FIXED = {"BLOCK_G": 128, "BLOCK_T": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _picked(
+    rows_ptr: tl.tensor, position_T: tl.tensor, is_row_T: tl.tensor, SAMPLED: tl.constexpr
+) -> tl.tensor:
+    """The row at each position: by the list if the classes are sampled, else the same number."""
+    if SAMPLED:
+        return tl.load(rows_ptr + position_T, is_row_T, other=0)
+    return position_T.to(tl.int64)
+
+
+@triton.jit
+def _unit_rows(
+    weight_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    unit_ptr: tl.tensor,
+    inverse_norm_ptr: tl.tensor,
+    T: tl.tensor,
+    D: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Unit rows in the type of `unit_ptr`, and 1 / norm; zeros stay so, with 1 / norm set to 0."""
+    position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column_D = tl.arange(0, BLOCK_D)
+    is_row_T = position_T < T
+    inside_TD = is_row_T[:, None] & (column_D < D)[None, :]
+    row_T = _picked(rows_ptr, position_T, is_row_T, SAMPLED)
+    vector_TD = tl.load(weight_ptr + row_T[:, None] * D + column_D[None, :], inside_TD, other=0.0)
+    norm_T = tl.sqrt(tl.sum(vector_TD * vector_TD, 1))
+    inverse_norm_T = tl.where(norm_T == 0, 0.0, 1 / norm_T)
+    unit_TD = (vector_TD * inverse_norm_T[:, None]).to(unit_ptr.dtype.element_ty)
+    tl.store(unit_ptr + position_T.to(tl.int64)[:, None] * D + column_D[None, :], unit_TD, inside_TD)
+    tl.store(inverse_norm_ptr + position_T, inverse_norm_T, is_row_T)
+
+
+@triton.jit
+def _through_unit(
+    grad_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    inverse_norm_ptr: tl.tensor,
+    T: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """`scale` times the gradient by the rows, from that by their unit rows, in place."""
+    position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column_D = tl.arange(0, BLOCK_D)
+    is_row_T = position_T < T
+    inside_TD = is_row_T[:, None] & (column_D < D)[None, :]
+    row_T = _picked(rows_ptr, position_T, is_row_T, SAMPLED)
+    inverse_norm_T1 = tl.load(inverse_norm_ptr + position_T, is_row_T, other=0.0)[:, None]
+    vector_TD = tl.load(weight_ptr + row_T[:, None] * D + column_D[None, :], inside_TD, other=0.0)
+    at_TD = grad_ptr + position_T.to(tl.int64)[:, None] * D + column_D[None, :]
+    grad_TD = tl.load(at_TD, inside_TD, other=0.0)
+    unit_TD = vector_TD * inverse_norm_T1
+    grad_TD -= unit_TD * tl.sum(grad_TD * unit_TD, 1)[:, None]
+    tl.store(at_TD, grad_TD * (inverse_norm_T1 * scale), inside_TD)
+
+
+@triton.jit(do_not_specialize=["start"])
+def _exponentials(
+    unit_ptr: tl.tensor,
+    class_unit_ptr: tl.tensor,
+    label_ptr: tl.tensor,
+    log2_offset_ptr: tl.tensor,
+    at_target_ptr: tl.tensor,
+    exp_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    G: tl.tensor,
+    T: tl.tensor,
+    start: tl.tensor,
+    exp_stride: tl.tensor,
+    log2_scale: tl.tensor,
+    filter_above: tl.tensor,
+    D: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """2^(log2_scale cosine - log2_offset) [G, T], 0 where filtered out, `at_target` at the target.
+
+    With sums, those of BLOCK_T classes are added to a line [G] of their own in `sum_ptr` [lines, G].
+    Both phases run this very code in the same blocks, so they come to the same cosines, bit for bit, and the
+    filter leaves out the same classes.
+    """
+    blocks_G = tl.cdiv(G, BLOCK_G)
+    line = tl.program_id(0) // blocks_G
+    row_G = tl.program_id(0) % blocks_G * BLOCK_G + tl.arange(0, BLOCK_G)
+    column_T = line * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Rows beyond the end are the last one again: loads need a mask over D only, or none.
+    row_at_G = tl.minimum(row_G, G - 1).to(tl.int64) * D
+    column_at_T = tl.minimum(column_T, T - 1).to(tl.int64) * D
+    offset_D = tl.arange(0, BLOCK_D)
+    left_GD = unit_ptr + row_at_G[:, None] + offset_D[None, :]
+    right_DT = class_unit_ptr + column_at_T[None, :] + offset_D[:, None]
+    cos_GT = tl.zeros((BLOCK_G, BLOCK_T), tl.float32)
+    for done in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            x_GD = tl.load(left_GD + done)
+            w_DT = tl.load(right_DT + done)
+        else:
+            x_GD = tl.load(left_GD + done, (offset_D < D - done)[None, :], other=0.0)
+            w_DT = tl.load(right_DT + done, (offset_D < D - done)[:, None], other=0.0)
+        cos_GT = tl.dot(x_GD.to(DOT_TYPE), w_DT.to(DOT_TYPE), cos_GT, input_precision="tf32")
+
+    is_row_G, is_column_T = row_G < G, column_T < T
+    label_G = tl.load(label_ptr + row_G, is_row_G, other=-1)
+    log2_offset_G = tl.load(log2_offset_ptr + row_G, is_row_G, other=0.0)
+    at_target_G = tl.load(at_target_ptr + row_G, is_row_G, other=0.0)
+    exp_GT = tl.exp2(cos_GT * log2_scale - log2_offset_G[:, None])
+    exp_GT = tl.where(cos_GT > filter_above, 0.0, exp_GT)
+    exp_GT = tl.where((start + column_T)[None, :] == label_G[:, None], at_target_G[:, None], exp_GT)
+    at_GT = exp_ptr + row_G.to(tl.int64)[:, None] * exp_stride + column_T[None, :]
+    tl.store(at_GT, exp_GT.to(exp_ptr.dtype.element_ty), is_row_G[:, None] & is_column_T[None, :])
+    if WITH_SUMS:
+        sum_G = tl.sum(tl.where(is_column_T[None, :], exp_GT, 0.0), 1)
+        at_G = sum_ptr + line.to(tl.int64) * G + row_G
+        tl.store(at_G, tl.load(at_G, is_row_G, other=0.0) + sum_G, is_row_G)
+
+
+def _blocks(rows: int, classes: int, depth: int, warps: int, stages: int) -> triton.Config:
+    sizes = {"BLOCK_G": rows, "BLOCK_T": classes, "BLOCK_D": depth}
+    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+
+
+# Those whose buffers exceed a GPU's shared memory drop out by themselves.
+_tuned_exponentials = triton.autotune(
+    configs=[
+        _blocks(128, 256, 64, 8, 3),
+        _blocks(256, 128, 64, 8, 3),
+        _blocks(128, 128, 64, 8, 3),
+        _blocks(128, 128, 32, 8, 4),
+        _blocks(64, 128, 64, 4, 4),
+        _blocks(64, 128, 32, 4, 4),
+        _blocks(32, 128, 64, 4, 4),
+        _blocks(16, _LEAST_BLOCK_T, 64, 4, 4),
+    ],
+    key=["G", "D"],
+    restore_value=["sum_ptr"],
+)(_exponentials)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one batch as the matrix units take them."""
+
+    unit_GD: Tensor  # in the matrix type
+    label_G: Tensor  # position in the sample, -1 where the target is not here
+
+
+@dataclass(frozen=True)
+class LocalSoftmax:
+    """One batch against this rank's classes: what phase 1 leaves for the other two."""
+
+    others_lse_G: Tensor  # over this rank's classes but the target; -inf without any
+    target_G: Tensor  # target logit with margin; this and the next three 0 where the target is elsewhere
+    by_cos_G: Tensor
+    by_norm_G: Tensor
+    by_norm_penalty_G: Tensor
+    target_unit_GD: Tensor
+    unit_GD: Tensor
+    inverse_norm_G: Tensor
+    weighted_sum_GD: Tensor  # of exp(logit) w_j, targets left out
+    rows: _Rows
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a batch needs to be remembered for until the rows are updated."""
+
+    rows: _Rows
+    log2_offset_G: Tensor  # 2^(log2 logit - offset) is the row's weight times p
+    residual_G: Tensor  # the target's gradient by its cosine over scale: weight (p - 1) slope
+
+
+class Kernels:
+    """See above; each method does what the one of the same name does in `streaming.Streaming`.
+
+    Weights are float32; `matrix_inputs` is what the matrix units are fed, and they sum in float32.
+    Margins that bend the other classes are not for this backend, nor are scales above `KERNELS_MAX_SCALE`.
+    """
+
+    def __init__(
+        self,
+        margin: Margin,
+        scale: float,
+        interclass_filter: float | None,
+        tile: int | None,
+        matrix_inputs: Literal["bf16", "tf32"],
+        deterministic: bool,
+    ) -> None:
+        assert not margin.bends_others
+        assert scale <= KERNELS_MAX_SCALE
+        self._margin = margin
+        self._scale = scale
+        self._filter_above = math.inf if interclass_filter is None else interclass_filter
+        self._tile = tile
+        self._matrix_type = torch.bfloat16 if matrix_inputs == "bf16" else torch.float32
+        self._deterministic = deterministic
+        self._sample = Sample(0)
+        self._batches: list[_Batch] = []
+
+    @torch.no_grad()
+    def local_softmax(
+        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+    ) -> LocalSoftmax:
+        assert known_cos_G is None
+        norm_G = torch.linalg.vector_norm(emb_GD, dim=1)
+        unit_GD, inverse_norm_G = unit(emb_GD)
+        is_here_G = label_G >= 0
+        target_unit_GD = target_units(weight_RD, sample, label_G)
+        target = self._margin.target((unit_GD * target_unit_GD).sum(1), norm_G)
+        penalty = self._margin.penalty(norm_G)
+        rows = _Rows(unit_GD.to(self._matrix_type).contiguous(), label_G)
+        sum_G, weighted_sum_GD = self._sums_of_others(weight_RD, sample, rows)
+        zero_G = torch.zeros_like(norm_G)
+        return LocalSoftmax(
+            others_lse_G=sum_G.log(),
+            target_G=(target.logit_G * self._scale).where(is_here_G, 0),
+            by_cos_G=target.by_cos_G.where(is_here_G, 0),
+            by_norm_G=zero_G if target.by_norm_G is None else target.by_norm_G.where(is_here_G, 0),
+            by_norm_penalty_G=zero_G if penalty is None else penalty[1].where(is_here_G, 0),
+            target_unit_GD=target_unit_GD,
+            unit_GD=unit_GD,
+            inverse_norm_G=inverse_norm_G,
+            weighted_sum_GD=weighted_sum_GD,
+            rows=rows,
+            sample=sample,
+        )
+
+    @torch.no_grad()
+    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
+        pull_G = torch.expm1(local.target_G - lse_G)
+        residual_G = pull_G * local.by_cos_G
+        grad_GD = local.weighted_sum_GD * (-lse_G).exp()[:, None]
+        grad_GD.addcmul_(local.target_unit_GD, residual_G[:, None]).mul_(self._scale)
+        along_G = (grad_GD * local.unit_GD).sum(1)
+        grad_GD.addcmul_(local.unit_GD, -along_G[:, None]).mul_(local.inverse_norm_G[:, None])
+        by_norm_G = pull_G * self._scale * local.by_norm_G + local.by_norm_penalty_G
+        grad_GD.addcmul_(local.unit_GD, by_norm_G[:, None]).mul_(row_weight_G[:, None])
+        log2_offset_G = (lse_G - row_weight_G.log()) * _LOG2_E
+        self._sample = local.sample
+        self._batches.append(_Batch(local.rows, log2_offset_G, residual_G * row_weight_G))
+        return grad_GD
+
+    @torch.no_grad()
+    def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+        batches, sample = self._batches, self._sample
+        self.forget()
+        assert batches, "a step needs a batch"
+        most = max(len(batch.residual_G) for batch in batches)
+        for start, rows in sample.tiles(self._tile_of(most, weight_RD)):
+            tile = _Tile(weight_RD, rows, self._matrix_type)
+            for batch in batches:
+                p_GT = self._exponentials(
+                    tile, start, batch.rows, batch.log2_offset_G, batch.residual_G, None
+                )
+                tile.add_gradient(_product(p_GT.T, batch.rows.unit_GD))
+            yield rows, tile.gradient(self._scale)
+
+    def forget(self) -> None:
+        """Drop the remembered batches."""
+        self._batches = []
+
+    def _sums_of_others(self, weight_RD: Tensor, sample: Sample, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """Sums over the classes but the targets: of exp(logit) [G], and of exp(logit) w_j [G, D]."""
+        count = len(rows.label_G)
+        most = self._tile_of(count, weight_RD)
+        lines = triton.cdiv(min(most, len(sample)), _LEAST_BLOCK_T)
+        sum_LG = weight_RD.new_zeros(lines, count)
+        weighted_sum_GD = weight_RD.new_zeros(count, weight_RD.shape[1])
+        zero_G = weight_RD.new_zeros(count)
+        for start, picked in sample.tiles(most):
+            tile = _Tile(weight_RD, picked, self._matrix_type)
+            exp_GT = self._exponentials(tile, start, rows, zero_G, zero_G, sum_LG)
+            weighted_sum_GD += _product(exp_GT, tile.unit_TD)
+        return sum_LG.sum(0), weighted_sum_GD
+
+    def _exponentials(
+        self,
+        tile: _Tile,
+        start: int,
+        rows: _Rows,
+        log2_offset_G: Tensor,
+        at_target_G: Tensor,
+        sum_LG: Tensor | None,
+    ) -> Tensor:
+        (G, D), T = rows.unit_GD.shape, len(tile.unit_TD)
+        # Lines begin where the wide loads of the matrix units can.
+        exp_GT = rows.unit_GD.new_empty(G, triton.cdiv(T, 64) * 64)[:, :T]
+        arguments = (
+            *(rows.unit_GD, tile.unit_TD, rows.label_G, log2_offset_G, at_target_G, exp_GT),
+            # Without sums never touched, but of the type that the tuned blocks are remembered by.
+            log2_offset_G if sum_LG is None else sum_LG,
+            *(G, T, start, exp_GT.stride(0), self._scale * _LOG2_E, self._filter_above),
+        )
+        options = {
+            "D": D,
+            "WITH_SUMS": sum_LG is not None,
+            # The interpreter multiplies the bits of bf16 as if they were integers.
+            "DOT_TYPE": tl.bfloat16 if exp_GT.is_cuda and exp_GT.dtype == torch.bfloat16 else tl.float32,
+        }
+
+        def grid(meta: dict[str, int]) -> tuple[int]:
+            return (triton.cdiv(G, meta["BLOCK_G"]) * triton.cdiv(T, meta["BLOCK_T"]),)
+
+        if exp_GT.is_cuda and not self._deterministic:
+            _tuned_exponentials[grid](*arguments, **options)
+        else:
+            _exponentials[grid](*arguments, **options, **_FIXED)
+        return exp_GT
+
+    def _tile_of(self, rows: int, weight_RD: Tensor) -> int:
+        """Classes per tile; by default a multiple of 128 whose buffers come to `_TILE_BYTES`."""
+        matrix_bytes, width = self._matrix_type.itemsize, weight_RD.shape[1]
+        # Exponentials and unit rows, the gradient, and what the optimizer computes with.
+        bytes_per_class = matrix_bytes * (rows + width) + 4 * 3 * width
+        return self._tile or max(1, _TILE_BYTES // bytes_per_class // 128) * 128
+
+
+class _Tile:
+    """Some rows of the weight as unit rows, and the gradient by them."""
+
+    def __init__(self, weight_RD: Tensor, rows: Rows, matrix_type: torch.dtype) -> None:
+        self._is_sampled = isinstance(rows, Tensor)
+        self._weight = weight_RD if isinstance(rows, Tensor) else weight_RD[rows]
+        self._rows = rows if isinstance(rows, Tensor) else weight_RD
+        count = len(rows) if isinstance(rows, Tensor) else len(self._weight)
+        self.unit_TD = weight_RD.new_empty(count, weight_RD.shape[1], dtype=matrix_type)
+        self._inverse_norm_T = weight_RD.new_empty(count)
+        self._grad_TD: Tensor | None = None
+        self._launch(_unit_rows, self._weight, self._rows, self.unit_TD, self._inverse_norm_T, count)
+
+    def add_gradient(self, grad_TD: Tensor) -> None:
+        """Take over a gradient by the unit rows over scale."""
+        self._grad_TD = grad_TD if self._grad_TD is None else self._grad_TD.add_(grad_TD)
+
+    def gradient(self, scale: float) -> Tensor:
+        """The gradient by the rows."""
+        assert self._grad_TD is not None
+        pointers = (self._grad_TD, self._weight, self._rows, self._inverse_norm_T)
+        self._launch(_through_unit, *pointers, len(self.unit_TD), scale)
+        return self._grad_TD
+
+    def _launch(self, kernel: Any, *arguments: Any) -> None:
+        count, width = self.unit_TD.shape
+        padded = triton.next_power_of_2(width)
+        block = max(1, _ROW_NUMBERS // padded)
+        kernel[(triton.cdiv(count, block),)](
+            *arguments, D=width, SAMPLED=self._is_sampled, BLOCK_T=block, BLOCK_D=padded
+        )
+
+
+def _product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """The product in float32, summed in float32, of factors in the matrix type."""
+    if not left_MK.is_cuda:
+        return left_MK.float() @ right_KN.float()
+    if left_MK.dtype == torch.float32:
+        with _tf32():
+            return left_MK @ right_KN
+    return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """cuBLAS may round float32 factors to TF32; PyTorch keeps that in a global."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
