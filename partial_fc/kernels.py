@@ -10,7 +10,7 @@ Shapes: G rows (embeddings), R classes of this rank, T in a tile, D the embeddin
 Targets, G of them, are dealt with in plain PyTorch and float32, margin and all.
 
 Why the exponentials are written out, in the matrix type, instead of staying in registers as in flash
-attention: a float32 accumulator [rows, 512] leaves room for blocks of 64 rows only, and those ask the L2 cache
+attention: a float32 accumulator [rows, 512] leaves room for blocks of 64 rows only, which ask the L2 cache
 of an H100 for more than it delivers. Written out, they cost 4 bytes of traffic a logit, during products of
 2048 FLOP a logit, and the second product is one that cuBLAS runs at full speed; it is also cuBLAS that splits
 its long sum over the processors. Unit rows are made once per tile for the same reason: G / 128 programs would
