@@ -17,6 +17,7 @@ DOORS = {
     "deepspeed": {"trainer/engine.py"},
     "prometheus_client": {"trainer/metrics.py"},
     "submitit": {"slurm/submit.py"},
+    "triton": {"partial_fc/kernels.py"},
 }
 
 
