@@ -60,6 +60,14 @@ class _Observed(NamedTuple):
     is_counted_G: Tensor
 
 
+class LabelError(ValueError):
+    """A label that the head cannot take: in which `row` of the gathered batch, and what the `problem` is."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"row {row} of the gathered batch {problem}")
+        self.row, self.problem = row, problem
+
+
 class PartialFC:
     """Margin softmax over `num_classes` identities, of which each rank of `group` owns a range.
 
@@ -213,17 +221,19 @@ class PartialFC:
         is_bad_G = (label_G < IGNORE) | (label_G >= self.num_classes)
         if is_bad_G.any():
             row = int(is_bad_G.nonzero()[0])
-            raise ValueError(
-                f"row {row} of the gathered batch has label {int(label_G[row])}: expected 0 to "
-                f"{self.num_classes - 1}, or {IGNORE} to ignore the row; correct the labels or num_classes"
+            raise LabelError(
+                row,
+                f"has label {int(label_G[row])}: expected 0 to {self.num_classes - 1}, "
+                f"or {IGNORE} to ignore the row; correct the labels or num_classes",
             )
         if self._label_N is not None:
             is_new_G = (label_G != IGNORE) & ~torch.isin(label_G, self._label_N)
             if is_new_G.any():
                 row = int(is_new_G.nonzero()[0])
-                raise ValueError(
-                    f"row {row} of the gathered batch has label {int(label_G[row])}, of which "
-                    f"begin_step was not told: expected one of the step's {len(self._label_N)} labels"
+                raise LabelError(
+                    row,
+                    f"has label {int(label_G[row])}, of which begin_step was not told: expected one of the "
+                    f"step's {len(self._label_N)} labels",
                 )
 
 

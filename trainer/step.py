@@ -20,7 +20,7 @@ import torch.distributed as dist
 from data_pipeline import counter
 from data_pipeline.loader import Batch
 from partial_fc import collectives
-from partial_fc.head import PartialFC
+from partial_fc.head import LabelError, PartialFC
 from trainer.engine import Engine
 
 _DROPOUT_STREAM = 3
@@ -54,10 +54,17 @@ def train_step(
     head.begin_step(step, label_N)
     loss = torch.zeros((), device=engine.device)
     norms = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         features = engine.forward(batch.images_BCHW)
         gathered = collectives.gather(features.emb_BD.detach(), batch.label_B, features.norm_BK, group)
-        micro_loss, grad_GD = head.forward_backward(gathered.emb_GD, gathered.label_G, share=1 / accumulation)
+        try:
+            micro_loss, grad_GD = head.forward_backward(
+                gathered.emb_GD, gathered.label_G, share=1 / accumulation
+            )
+        except LabelError as error:
+            # Ranks and micro-batches are gathered in the order of the run's samples.
+            sample = (step * accumulation + number) * len(gathered.label_G) + error.row
+            raise ValueError(f"sample {sample}, in step {step}, {error.problem}") from error
         engine.backward(features.emb_BD, collectives.scatter(grad_GD, group))
         loss += micro_loss / accumulation
         norms.append(gathered.norm_GK)

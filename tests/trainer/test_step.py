@@ -114,6 +114,43 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
     assert len({tuple(numbers) for numbers in found}) == len(keys)
 
 
+def message_for_a_bad_label(rank):
+    """What training on step 5 says if sample 10 of its 12 has a label that does not exist."""
+    engine = Engine(
+        WithNorms(),
+        EngineConfig(precision="fp32"),
+        OptimizerConfig(),
+        micro_batch=3,
+        group=dist.group.WORLD,
+        device=torch.device("cpu"),
+    )
+    head = PartialFC(
+        HeadConfig(), num_classes=CLASSES, embedding_size=5, seed=2, group=dist.group.WORLD, device="cpu"
+    )
+    mine = list(batches(5, rank, 2, 3))
+    for batch in mine:
+        batch.label_B[batch.sample_B == 10] = CLASSES
+    try:
+        train_step(
+            engine,
+            head,
+            mine,
+            step=5,
+            label_N=None,
+            accumulation=2,
+            learning_rate=0.1,
+            group=dist.group.WORLD,
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_label_out_of_range_names_the_sample_on_all_ranks():
+    expected = "sample 70, in step 5, has label 7: expected 0 to 6, or -1 to ignore the row"
+    for message in run_ranks(message_for_a_bad_label, 2):
+        assert message.startswith(expected)
+
+
 class WithBatchNorm(WithNorms):
     """Statistics that a forward pass leaves behind, and a gradient that can be spoilt on the way."""
 
