@@ -1,0 +1,451 @@
+"""One training step of the class head, ours and InsightFace's: time and peak extra memory, in one run.
+
+    python benchmarks/head.py --insightface DIR --json benchmarks/results/head_cpu.json --threads 2
+One GPU of 140 GB (10 and 29 million identities, full softmax, batch 4096) is one command too:
+    python benchmarks/head.py --device cuda --insightface DIR --json benchmarks/results/head_h200.json \
+        --classes 500000 1000000 2000000 3000000 10000000 29000000 --batch 4096 --rate 1 \
+        --sides streaming kernels kernels,moments=bf16 insightface
+DIR is a checkout of deepinsight/insightface or its recognition/arcface_torch; none of it is kept here.
+
+A side is a backend of HeadConfig, further keys of it after commas, or `insightface`: its PartialFC_V2 and
+CombinedMarginLoss with torch's SGD, used as its train_v2.py does. All sides get the same weights, embeddings,
+labels, margin (its ArcFace, whose derivative is 1), learning rate, momentum and decay, and a process group of
+one rank; so at rate 1 they must report the same losses, and the run fails if they do not. A step is forward,
+backward to the embeddings, and the update of the rows. On a CPU, where its `.cuda()` calls would fail, these
+are made to return their tensor.
+
+Every side runs in a fresh process of its own, and the sides take turns for `--rounds` rounds; a process takes
+two steps to warm up and then `--repeats` timed ones; times are medians over all rounds. Extra memory is
+the peak over all of a process's steps, less the rows, their moments and the batch, largest of the rounds. On
+a GPU the peak is the allocator's. On a CPU it is the process's peak resident memory (VmHWM), which also sees
+what matrix libraries take and what the allocator keeps; the start it is counted from is read after a
+step of a few classes has loaded the libraries. A process may take 90 % of the memory that is free when it
+begins, and ends with an error beyond that: such a side is reported as not fitting.
+
+Before the sides, the machine: the rate of the head's kind of product (float32; bfloat16 on a GPU) and of a
+large copy, against which docs/scaling.md holds the measured steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+
+from partial_fc import collectives
+from partial_fc.config import HeadConfig
+from partial_fc.head import PartialFC
+
+SCALE, MARGIN, MOMENTUM, DECAY, LEARNING_RATE = 64.0, 0.5, 0.9, 5e-4, 0.1
+WARM_UP = 2
+SEED = 1
+MIB = 1 << 20
+LOSS_TOLERANCE = 1e-4
+PROBE_CLASSES = 1 << 15
+FREE_SHARE = 0.9
+
+Step = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures."""
+
+    side: str
+    classes: int
+    batch: int
+    rate: float
+    dim: int
+    device: str
+    threads: int
+    repeats: int
+    matmul_precision: str
+    insightface: str | None
+
+
+# ---- in the process of one side
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Times, losses and memory of one side."""
+    torch.set_num_threads(case.threads)
+    torch.set_float32_matmul_precision(case.matmul_precision)
+    dist.init_process_group(
+        "nccl" if case.device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
+    tiny = replace(case, classes=64, batch=8)
+    build(tiny, *batch_of(tiny))[0](0)
+    inputs = batch_of(case)
+    limit_memory(case.device)
+    start = resident(case.device)
+    step, held = build(case, *inputs)
+    losses = [step(number) for number in range(WARM_UP)]
+    times = []
+    for number in range(WARM_UP, WARM_UP + case.repeats):
+        began = time.perf_counter()
+        losses.append(step(number))  # a float: the device has finished
+        times.append(time.perf_counter() - began)
+    extra = peak(case.device) - start - held
+    dist.destroy_process_group()
+    return {"times_s": times, "losses": losses, "extra_bytes": extra, "held_bytes": held}
+
+
+def batch_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and labels, the same for all sides."""
+    dice = torch.Generator().manual_seed(SEED)
+    emb_GD = torch.randn(case.batch, case.dim, generator=dice)
+    label_G = torch.randint(case.classes, (case.batch,), generator=dice)
+    return emb_GD.to(case.device), label_G.to(case.device)
+
+
+def fill(weight_CD: torch.Tensor, emb_GD: torch.Tensor, label_G: torch.Tensor) -> None:
+    """Class rows, the same for all sides; those of the batch half learned, at a cosine of about 0.7.
+
+    InsightFace's loss ends at 69.08, where it clamps a probability: with all rows random it could not be
+    compared.
+    """
+    dice = torch.Generator(weight_CD.device).manual_seed(SEED + 1)
+    with torch.no_grad():
+        weight_CD.normal_(0, 0.01, generator=dice).index_add_(0, label_G, emb_GD, alpha=0.01)
+
+
+def build(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple[Step, int]:
+    """A side's step, and the bytes of its rows and moments."""
+    if case.side == "insightface":
+        return build_insightface(case, emb_GD, label_G)
+    return build_ours(case, emb_GD, label_G)
+
+
+def build_ours(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple[Step, int]:
+    group = dist.group.WORLD
+    head = PartialFC(
+        head_config(case),
+        num_classes=case.classes,
+        embedding_size=case.dim,
+        seed=SEED,
+        group=group,
+        device=case.device,
+    )
+    fill(head.weight_RD, emb_GD, label_G)
+    no_norms = emb_GD.new_empty(len(emb_GD), 0)
+
+    def step(number: int) -> float:
+        head.begin_step(number, label_G)
+        gathered = collectives.gather(emb_GD, label_G, no_norms, group)
+        loss, grad_GD = head.forward_backward(gathered.emb_GD, gathered.label_G)
+        collectives.scatter(grad_GD, group)
+        head.step(LEARNING_RATE)
+        synchronize(case.device)
+        return float(loss)
+
+    state = head.logical_state().values()
+    return step, sum(tensor.numel() * tensor.element_size() for tensor in state)
+
+
+def head_config(case: Case) -> HeadConfig:
+    backend, *settings = case.side.split(",")
+    return HeadConfig.model_validate(
+        {
+            "backend": backend,
+            "margin": {"kind": "arcface-straight-through", "m": MARGIN},
+            "scale": SCALE,
+            "sample_rate": case.rate,
+            "momentum": MOMENTUM,
+            "weight_decay": DECAY,
+            **dict(setting.split("=", 1) for setting in settings),
+        }
+    )
+
+
+def build_insightface(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple[Step, int]:
+    assert case.insightface is not None
+    sys.path.insert(0, case.insightface)
+    from losses import CombinedMarginLoss  # type: ignore[import-not-found]
+    from partial_fc_v2 import PartialFC_V2  # type: ignore[import-not-found]
+
+    if case.device == "cpu":
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    margin = CombinedMarginLoss(SCALE, 1.0, MARGIN, 0.0)
+    head = PartialFC_V2(margin, case.dim, case.classes, case.rate, False).train().to(case.device)
+    fill(head.weight, emb_GD, label_G)
+    optimizer = torch.optim.SGD(head.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=DECAY)
+
+    def step(number: int) -> float:
+        features_GD = emb_GD.clone().requires_grad_()
+        loss = head(features_GD, label_G)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(case.device)
+        return float(loss)
+
+    return step, 2 * head.weight.numel() * head.weight.element_size()
+
+
+def probe(case: Case) -> dict[str, float]:
+    """FLOP/s of a product [G, D] x [D, many], and bytes/s of a large copy (read and written)."""
+    torch.set_num_threads(case.threads)
+    dtype = torch.bfloat16 if case.device == "cuda" else torch.float32
+    emb_GD = torch.randn(case.batch, case.dim, device=case.device, dtype=dtype)
+    weight_CD = torch.randn(PROBE_CLASSES, case.dim, device=case.device, dtype=dtype)
+    source = torch.ones(64 * MIB, device=case.device)
+    target = torch.empty_like(source)
+    product_s = fastest(lambda: emb_GD @ weight_CD.T, case)
+    copy_s = fastest(lambda: target.copy_(source), case)
+    return {
+        "matmul_flops": 2 * case.batch * PROBE_CLASSES * case.dim / product_s,
+        "copy_bytes_per_s": 2 * source.numel() * source.element_size() / copy_s,
+    }
+
+
+def fastest(action: Callable[[], object], case: Case) -> float:
+    times = []
+    for _ in range(WARM_UP + case.repeats):
+        began = time.perf_counter()
+        action()
+        synchronize(case.device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def limit_memory(device: str) -> None:
+    """Make an allocation fail that this machine cannot serve; a GPU's own allocator does so anyway."""
+    if device == "cpu":
+        free = kib(Path("/proc/meminfo"), "MemAvailable")
+        used = kib(Path("/proc/self/status"), "VmData")
+        resource.setrlimit(resource.RLIMIT_DATA, (used + int(free * FREE_SHARE), resource.RLIM_INFINITY))
+
+
+def resident(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return kib(Path("/proc/self/status"), "VmRSS")
+
+
+def peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else kib(Path("/proc/self/status"), "VmHWM")
+
+
+def kib(path: Path, key: str) -> int:
+    """A line `key: N kB` of a file, in bytes."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    assert found is not None, f"{path} has no {key}"
+    return int(found[1]) << 10
+
+
+def work(task: str, case: Case) -> dict[str, Any]:
+    try:
+        return measure(case) if task == "measure" else dict(probe(case))
+    except Exception as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        return {"failed": "does not fit" if is_memory else f"{type(error).__name__}: {error}"}
+
+
+# ---- in the process that the user started
+
+
+def run(task: str, case: Case) -> dict[str, Any]:
+    """The result of `work` in a process of its own."""
+    command = [sys.executable, __file__, "--worker", task, json.dumps(asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        ending = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        return {"failed": f"process ended with {done.returncode}: {ending[0]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
+    """One result per case (the sides of one size), their processes taking turns."""
+    seen: list[list[dict[str, Any]]] = [[] for _ in cases]
+    for _ in range(rounds):
+        for case, results in zip(cases, seen, strict=True):
+            if not any("failed" in result for result in results):
+                results.append(run("measure", case))
+                note(f"{case.side}, {case.classes} classes, batch {case.batch}, rate {case.rate:g}")
+    found = [summary(case, results) for case, results in zip(cases, seen, strict=True)]
+    if cases[0].rate == 1:
+        check_losses(found)
+    return found
+
+
+def summary(case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
+    size = {key: value for key, value in asdict(case).items() if key != "insightface"}
+    if "failed" in results[-1]:
+        return {**size, "failed": results[-1]["failed"]}
+    times = [second for result in results for second in result["times_s"]]
+    return {
+        **size,
+        "step_s": statistics.median(times),
+        "fastest_s": min(times),
+        "slowest_s": max(times),
+        "extra_bytes": max(result["extra_bytes"] for result in results),
+        "held_bytes": results[0]["held_bytes"],
+        "losses": results[0]["losses"],
+    }
+
+
+def check_losses(found: list[dict[str, Any]]) -> None:
+    """Without sampling, all sides train the same thing."""
+    ran = [result for result in found if "failed" not in result]
+    for result in ran[1:]:
+        # Types of lower precision drift apart; the first loss is of the same weights on all sides.
+        first, reference = result["losses"][0], ran[0]["losses"][0]
+        if abs(first - reference) > LOSS_TOLERANCE * abs(reference):
+            raise SystemExit(
+                f"{result['side']} and {ran[0]['side']} at {result['classes']} classes: expected the same "
+                f"loss, found {first} and {reference}; they do not compute the same"
+            )
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown; the ratios are InsightFace's figure (or the dense twin's, without it) over the side's."""
+    lines = [
+        "| classes | batch | rate | side | step, ms (fastest to slowest) | ns per class | extra memory, MiB "
+        "| of rows and moments | speed | memory |",
+        "| " + "--- | " * 10,
+    ]
+    references = {
+        size_of(result): result
+        for side in ("dense", "insightface")
+        for result in found
+        if result["side"] == side and "failed" not in result
+    }
+    for result in found:
+        lines.append(row(result, references.get(size_of(result))))
+    return "\n".join(line.strip() for line in lines)
+
+
+def size_of(result: dict[str, Any]) -> tuple[int, int, float]:
+    return result["classes"], result["batch"], result["rate"]
+
+
+def row(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
+    start = f"| {result['classes']} | {result['batch']} | {result['rate']:g} | {result['side']} |"
+    if "failed" in result:
+        return f"{start} {result['failed'][:80]} | | | | | |"
+    ratios = "| |"
+    if reference is not None:
+        speed = reference["step_s"] / result["step_s"]
+        memory = reference["extra_bytes"] / max(result["extra_bytes"], 1)
+        ratios = f"{speed:.2f} x | 1 / {memory:.1f} |"
+    spread = f"{result['fastest_s'] * 1e3:.0f} to {result['slowest_s'] * 1e3:.0f}"
+    return (
+        f"{start} {result['step_s'] * 1e3:.0f} ({spread}) | {result['step_s'] * 1e9 / result['classes']:.0f} "
+        f"| {result['extra_bytes'] / MIB:.1f} | {result['extra_bytes'] / result['held_bytes']:.1%} | {ratios}"
+    )
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Device, versions and load: what a figure means nothing without."""
+    return {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
+        "threads": options.threads,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "matmul_precision": options.matmul_precision,
+        "insightface_partial_fc_v2_sha256": digest(options.insightface),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def cpu_name() -> str:
+    found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def digest(folder: Path | None) -> str | None:
+    return None if folder is None else hashlib.sha256((folder / "partial_fc_v2.py").read_bytes()).hexdigest()
+
+
+def insightface_folder(text: str) -> Path:
+    for folder in (Path(text), Path(text) / "recognition" / "arcface_torch"):
+        if (folder / "partial_fc_v2.py").exists():
+            return folder.resolve()
+    raise argparse.ArgumentTypeError(
+        f"expected partial_fc_v2.py in {text} or its recognition/arcface_torch; "
+        "give a checkout of deepinsight/insightface"
+    )
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    backends = [name for name in get_args(HeadConfig.model_fields["backend"].annotation) if name != "auto"]
+    parser = argparse.ArgumentParser(description="Time and memory of one step of the class head.")
+    parser.add_argument("--sides", nargs="+", help="see the head of this file; default: all that there are")
+    parser.add_argument("--insightface", type=insightface_folder, help="checkout of deepinsight/insightface")
+    parser.add_argument("--classes", nargs="+", type=int, default=[100_000, 500_000, 1_000_000, 2_000_000])
+    parser.add_argument("--batch", nargs="+", type=int, default=[128, 256])
+    parser.add_argument("--rate", nargs="+", type=float, default=[1.0, 0.1])
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=2, help="processes per side, the sides taking turns")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of a process")
+    parser.add_argument("--matmul-precision", choices=["highest", "high"], default="highest")
+    parser.add_argument("--json", type=Path, help="also write all numbers here, and the table as .md")
+    options = parser.parse_args(arguments)
+    options.sides = options.sides or backends + ["insightface"] * (options.insightface is not None)
+    if "insightface" in options.sides and options.insightface is None:
+        parser.error("the side insightface needs --insightface DIR")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--worker"]:
+        print(json.dumps(work(arguments[1], Case(**json.loads(arguments[2])))))
+        return
+    options = parse(arguments)
+    about = machine(options)
+    sizes = [(c, g, r) for c in options.classes for g in options.batch for r in options.rate]
+    found = []
+    for classes, batch, rate in sizes:
+        case = Case(
+            "",
+            classes,
+            batch,
+            rate,
+            options.dim,
+            options.device,
+            options.threads,
+            options.repeats,
+            options.matmul_precision,
+            options.insightface and str(options.insightface),
+        )
+        if "probe" not in about:
+            about["probe"] = run("probe", case)
+        found += compare([replace(case, side=side) for side in options.sides], options.rounds)
+    about["load_average_at_end"] = os.getloadavg()[0]
+    report = "\n".join(f"{key}: {value}  " for key, value in about.items()) + "\n\n" + table(found)
+    print(report)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": about, "results": found}, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(report + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
