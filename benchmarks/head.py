@@ -10,9 +10,9 @@ DIR is a checkout of deepinsight/insightface or its recognition/arcface_torch; n
 A side is a backend of HeadConfig, further keys of it after commas, or `insightface`: its PartialFC_V2 and
 CombinedMarginLoss with torch's SGD, used as its train_v2.py does. All sides get the same weights, embeddings,
 labels, margin (its ArcFace, whose derivative is 1), learning rate, momentum and decay, and a process group of
-one rank; so at rate 1 they must report the same losses, and the run fails if they do not. A step is forward,
-backward to the embeddings, and the update of the rows. On a CPU, where its `.cuda()` calls would fail, these
-are made to return their tensor.
+one rank; so at rate 1 they must find the same loss, and a side that does not is reported as failed. A step
+is forward, backward to the embeddings, and the update of the rows. On a CPU, where InsightFace's `.cuda()`
+calls would fail, these are made to return their tensor.
 
 Every side runs in a fresh process of its own, and the sides take turns for `--rounds` rounds; a process takes
 two steps to warm up and then `--repeats` timed ones; times are medians over all rounds. Extra memory is
@@ -22,8 +22,8 @@ what matrix libraries take and what the allocator keeps; the start it is counted
 step of a few classes has loaded the libraries. A process may take 90 % of the memory that is free when it
 begins, and ends with an error beyond that: such a side is reported as not fitting.
 
-Before the sides, the machine: the rate of the head's kind of product (float32; bfloat16 on a GPU) and of a
-large copy, against which docs/scaling.md holds the measured steps.
+Before the sides, the machine: the rate of a square product (float32; bfloat16 on a GPU) and of a large copy,
+against which docs/scaling.md holds the measured steps.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ SCALE, MARGIN, MOMENTUM, DECAY, LEARNING_RATE = 64.0, 0.5, 0.9, 5e-4, 0.1
 WARM_UP = 2
 SEED = 1
 MIB = 1 << 20
-LOSS_TOLERANCE = 1e-4
-PROBE_CLASSES = 1 << 15
+LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # relative; on a GPU a side may take bfloat16 inputs
+PROBE_REPEATS = 20
 FREE_SHARE = 0.9
 
 Step = Callable[[int], float]
@@ -154,7 +154,7 @@ def build_ours(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple
         return float(loss)
 
     state = head.logical_state().values()
-    return step, sum(tensor.numel() * tensor.element_size() for tensor in state)
+    return step, sum(tensor.nbytes for tensor in state)
 
 
 def head_config(case: Case) -> HeadConfig:
@@ -194,31 +194,29 @@ def build_insightface(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -
         synchronize(case.device)
         return float(loss)
 
-    return step, 2 * head.weight.numel() * head.weight.element_size()
+    return step, 2 * head.weight.nbytes
 
 
 def probe(case: Case) -> dict[str, float]:
-    """FLOP/s of a product [G, D] x [D, many], and bytes/s of a large copy (read and written)."""
+    """FLOP/s of a square product, and bytes/s (read and written) of a large copy; the best that is seen."""
     torch.set_num_threads(case.threads)
-    dtype = torch.bfloat16 if case.device == "cuda" else torch.float32
-    emb_GD = torch.randn(case.batch, case.dim, device=case.device, dtype=dtype)
-    weight_CD = torch.randn(PROBE_CLASSES, case.dim, device=case.device, dtype=dtype)
+    on_gpu = case.device == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    left, right = torch.randn(2, size, size, device=case.device).to(dtype)
     source = torch.ones(64 * MIB, device=case.device)
     target = torch.empty_like(source)
-    product_s = fastest(lambda: emb_GD @ weight_CD.T, case)
-    copy_s = fastest(lambda: target.copy_(source), case)
     return {
-        "matmul_flops": 2 * case.batch * PROBE_CLASSES * case.dim / product_s,
-        "copy_bytes_per_s": 2 * source.numel() * source.element_size() / copy_s,
+        "matmul_flops": 2 * size**3 / fastest(lambda: left @ right, case.device),
+        "copy_bytes_per_s": 2 * source.nbytes / fastest(lambda: target.copy_(source), case.device),
     }
 
 
-def fastest(action: Callable[[], object], case: Case) -> float:
+def fastest(action: Callable[[], object], device: str) -> float:
     times = []
-    for _ in range(WARM_UP + case.repeats):
+    for _ in range(PROBE_REPEATS):
         began = time.perf_counter()
         action()
-        synchronize(case.device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -284,7 +282,7 @@ def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
                 note(f"{case.side}, {case.classes} classes, batch {case.batch}, rate {case.rate:g}")
     found = [summary(case, results) for case, results in zip(cases, seen, strict=True)]
     if cases[0].rate == 1:
-        check_losses(found)
+        check_losses(found, LOSS_TOLERANCE[cases[0].device])
     return found
 
 
@@ -304,17 +302,16 @@ def summary(case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_losses(found: list[dict[str, Any]]) -> None:
-    """Without sampling, all sides train the same thing."""
+def check_losses(found: list[dict[str, Any]], tolerance: float) -> None:
+    """Without sampling all sides train the same thing: one that differs from the first has failed.
+
+    The first losses are compared, which are of the same rows; types of lower precision drift apart later.
+    """
     ran = [result for result in found if "failed" not in result]
     for result in ran[1:]:
-        # Types of lower precision drift apart; the first loss is of the same weights on all sides.
-        first, reference = result["losses"][0], ran[0]["losses"][0]
-        if abs(first - reference) > LOSS_TOLERANCE * abs(reference):
-            raise SystemExit(
-                f"{result['side']} and {ran[0]['side']} at {result['classes']} classes: expected the same "
-                f"loss, found {first} and {reference}; they do not compute the same"
-            )
+        loss, expected = result["losses"][0], ran[0]["losses"][0]
+        if abs(loss - expected) > tolerance * abs(expected):
+            result["failed"] = f"loss {loss:.6g}, but {ran[0]['side']} found {expected:.6g}"
 
 
 def table(found: list[dict[str, Any]]) -> str:
