@@ -15,12 +15,15 @@ is forward, backward to the embeddings, and the update of the rows. On a CPU, wh
 calls would fail, these are made to return their tensor.
 
 Every side runs in a fresh process of its own, and the sides take turns for `--rounds` rounds; a process takes
-two steps to warm up and then `--repeats` timed ones; times are medians over all rounds. Extra memory is
+a step to warm up and then `--repeats` timed ones; times are medians over all rounds. Extra memory is
 the peak over all of a process's steps, less the rows, their moments and the batch, largest of the rounds. On
 a GPU the peak is the allocator's. On a CPU it is the process's peak resident memory (VmHWM), which also sees
 what matrix libraries take and what the allocator keeps; the start it is counted from is read after a
 step of a few classes has loaded the libraries. A process may take 90 % of the memory that is free when it
-begins, and ends with an error beyond that: such a side is reported as not fitting.
+begins, and ends with an error beyond that: such a side is reported as not fitting. Unless the environment
+says otherwise, OpenMP's threads are bound to cores and spin while they wait: asleep, they wake too late for
+tiles that take under a millisecond (seen on two cores: 0.8 s instead of 1.4 s for 100k classes, streamed, and
+no difference for InsightFace's large operations).
 
 Before the sides, the machine: the rate of a square product (float32; bfloat16 on a GPU) and of a large copy,
 against which docs/scaling.md holds the measured steps.
@@ -41,6 +44,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,12 +56,13 @@ from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
 
 SCALE, MARGIN, MOMENTUM, DECAY, LEARNING_RATE = 64.0, 0.5, 0.9, 5e-4, 0.1
-WARM_UP = 2
+WARM_UP = 1
 SEED = 1
 MIB = 1 << 20
 LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # relative; on a GPU a side may take bfloat16 inputs
 PROBE_REPEATS = 100
 FREE_SHARE = 0.9
+OPENMP = {"OMP_WAIT_POLICY": "active", "OMP_PROC_BIND": "true"}
 
 Step = Callable[[int], float]
 
@@ -265,7 +270,7 @@ def work(task: str, case: Case) -> dict[str, Any]:
 def run(task: str, case: Case) -> dict[str, Any]:
     """The result of `work` in a process of its own."""
     command = [sys.executable, __file__, "--worker", task, json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**OPENMP, **os.environ})
     if done.returncode:
         ending = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return {"failed": f"process ended with {done.returncode}: {ending[0]}"}
@@ -361,6 +366,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "matmul_precision": options.matmul_precision,
+        "openmp": {key: os.environ.get(key, value) for key, value in OPENMP.items()},
         "insightface_partial_fc_v2_sha256": digest(options.insightface),
         "load_average_at_start": os.getloadavg()[0],
     }
@@ -417,31 +423,37 @@ def main(arguments: list[str]) -> None:
         return
     options = parse(arguments)
     about = machine(options)
-    sizes = [(c, g, r) for c in options.classes for g in options.batch for r in options.rate]
-    found = []
-    for classes, batch, rate in sizes:
+    found: list[dict[str, Any]] = []
+    for classes, batch, rate in product(options.classes, options.batch, options.rate):
         case = Case(
-            "",
-            classes,
-            batch,
-            rate,
-            options.dim,
-            options.device,
-            options.threads,
-            options.repeats,
-            options.matmul_precision,
-            options.insightface and str(options.insightface),
+            side="",
+            classes=classes,
+            batch=batch,
+            rate=rate,
+            dim=options.dim,
+            device=options.device,
+            threads=options.threads,
+            repeats=options.repeats,
+            matmul_precision=options.matmul_precision,
+            insightface=options.insightface and str(options.insightface),
         )
-        if "probe" not in about:
+        if not found:
             about["probe"] = run("probe", case)
         found += compare([replace(case, side=side) for side in options.sides], options.rounds)
-    about["load_average_at_end"] = os.getloadavg()[0]
-    report = "\n".join(f"{key}: {value}  " for key, value in about.items()) + "\n\n" + table(found)
-    print(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": about, "results": found}, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(report + "\n")
+        about["load_average_at_end"] = os.getloadavg()[0]
+        if options.json:  # after every size, as the next one may be long
+            write(options.json, about, found)
+    print(report(about, found))
+
+
+def report(about: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{key}: {value}  " for key, value in about.items()) + "\n\n" + table(found)
+
+
+def write(path: Path, about: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": about, "results": found}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report(about, found) + "\n")
 
 
 if __name__ == "__main__":
