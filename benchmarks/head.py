@@ -22,8 +22,8 @@ what matrix libraries take and what the allocator keeps; the start it is counted
 step of a few classes has loaded the libraries. A process may take 90 % of the memory that is free when it
 begins, and ends with an error beyond that: such a side is reported as not fitting. Unless the environment
 says otherwise, OpenMP's threads are bound to cores and spin while they wait: asleep, they wake too late for
-tiles that take under a millisecond (seen on two cores: 0.8 s instead of 1.4 s for 100k classes, streamed, and
-no difference for InsightFace's large operations).
+tiles that take under a millisecond (seen on two free cores, 100k classes: 0.8 s, not 1.4 s, streamed, and
+no difference for InsightFace's large operations). Where others use the cores too, spinning harms.
 
 Before the sides, the machine: the rate of a square product (float32; bfloat16 on a GPU) and of a large copy,
 against which docs/scaling.md holds the measured steps.

@@ -69,11 +69,6 @@ def flop(G: int, S: float, D: int) -> float:
     return 8 * G * S * D
 
 
-def dense_flop(G: int, S: float, D: int) -> float:
-    """The same if the logits are kept, not found twice."""
-    return 6 * G * S * D
-
-
 def held_bytes(R: float, D: int, moment_bytes: int = FLOAT) -> float:
     """Rows and momentum of a rank."""
     return R * D * (FLOAT + moment_bytes)
@@ -214,6 +209,10 @@ class Cluster:
             + moved_bytes(S, D, moment_bytes) / self.gpu.memory_bytes_per_s
         )
 
+    def logit_s(self, G: int, S: float) -> float:
+        """What comes on top without fusing."""
+        return logit_bytes(G, S) / self.gpu.memory_bytes_per_s
+
     def send_s(self, G: int, D: int, W: int) -> float:
         """A ring at its slowest link, and each of the three calls a latency per doubling of the ranks."""
         link = self.nvlink_bytes_per_s if W <= NODE else self.network_bytes_per_s
@@ -226,17 +225,18 @@ def predicted_rows(cluster: Cluster, options: argparse.Namespace) -> Iterator[li
         for W in options.gpus:
             G = options.global_batch or options.batch_per_gpu * W
             held = held_bytes(math.ceil(C / W), D, moment_bytes)
-            send_s = cluster.send_s(G, D, W)
-            steps = [
-                milliseconds(cluster.compute_s(G, sampled(C, W, r, G), D, moment_bytes) + send_s)
-                for r in options.rate
-            ]
             fits = "" if held < cluster.gpu.memory_bytes else " (does not fit)"
-            yield [f"{C:,}", str(W), str(G), f"{held / 1e9:.2f}{fits}", milliseconds(send_s), *steps]
+            send_s = cluster.send_s(G, D, W)
+            row = [f"{C:,}", str(W), f"{G:,}", f"{held / 1e9:.2f}{fits}", milliseconds(send_s)]
+            for r in options.rate:
+                S = sampled(C, W, r, G)
+                fused_s = send_s + cluster.compute_s(G, S, D, moment_bytes)
+                row += [milliseconds(fused_s), milliseconds(fused_s + cluster.logit_s(G, S))]
+            yield row
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+    return f"{seconds * 1e3:.{2 if seconds < 1e-2 else 1 if seconds < 0.1 else 0}f}"
 
 
 def print_table(title: str, columns: list[str], rows: Iterator[list[str]]) -> None:
@@ -292,8 +292,8 @@ def main() -> None:
         print_table(f"Measured: streaming, {options.measured}", columns, measured_rows(options.measured))
     cluster = Cluster(GPUS[options.gpu], options.efficiency, options.nvlink, options.network, options.latency)
     columns = ["classes", "GPUs", "G", "rows and moments per GPU, GB", "sending, ms"]
-    columns += [f"step at r = {rate:g}, ms" for rate in options.rate]
-    title = f"Predicted, not measured: {options.gpu}, fused kernels, {cluster}"
+    columns += [f"r = {r:g}, {way}, ms" for r in options.rate for way in ("fused", "not fused")]
+    title = f"Predicted, not measured: {options.gpu}, D = {options.dim}, {cluster}"
     print_table(title, columns, predicted_rows(cluster, options))
 
 
