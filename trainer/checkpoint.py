@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -60,6 +61,15 @@ class Header:
     config: dict[str, Any]
     dataset: dict[str, int]
     versions: dict[str, str]
+
+
+def backbone_state(model: nn.Module) -> State:
+    """The parts of a checkpoint that are the network itself, on the live memory of `model`.
+
+    Frozen parameters are constants of the architecture and are not kept.
+    """
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return {"backbone_weight": weights, "backbone_buffer": dict(model.named_buffers())}
 
 
 def newest(run_dir: Path) -> Path | None:

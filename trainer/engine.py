@@ -134,13 +134,17 @@ class Engine:
         return emb_BD.float()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Whole tensors by name, on every rank: `weight` and `momentum` float32, and the `buffer`s.
+        """The backbone's parts of a checkpoint, whole tensors on every rank: weights, momentum, buffers.
 
         All ranks must call it together.
         """
         weights = {name: self._weight(parameter) for name, parameter in self._names.items()}
         momenta = {name: self._momentum(parameter) for name, parameter in self._names.items()}
-        return {"weight": weights, "momentum": momenta, "buffer": dict(self.model.named_buffers())}
+        return {
+            "backbone_weight": weights,
+            "backbone_momentum": momenta,
+            "backbone_buffer": dict(self.model.named_buffers()),
+        }
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)

@@ -31,9 +31,7 @@ def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, Ve
         found = checkpoint.locate(path)
         config = RunConfig.model_validate(checkpoint.read_header(found).config)
         model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
-        weights = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
-        state = {"backbone_weight": weights, "backbone_buffer": dict(model.named_buffers())}
-        checkpoint.load(found, state, group=ranks.group)
+        checkpoint.load(found, checkpoint.backbone_state(model), group=ranks.group)
         sets = PairSets(
             files_by_name(pairs),
             image_size=config.data.image_size,

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from torch import nn
 
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.loader import Loader, Share
@@ -89,14 +87,15 @@ def _open_model(
         group=ranks.group,
         device=ranks.device,
     )
-    momentum = {name: torch.zeros_like(tensor) for name, tensor in _weights(model).items()}
+    network = checkpoint.backbone_state(model)
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in network["backbone_weight"].items()}
     first_step = 0
     latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
         header = checkpoint.read_header(latest)
         _refuse_changes(config, catalog, header)
-        network = {"weight": _weights(model), "momentum": momentum, "buffer": dict(model.named_buffers())}
-        checkpoint.load(latest, _logical(network, head), group=ranks.group)
+        state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
+        checkpoint.load(latest, state, group=ranks.group)
         first_step = header.step
     engine = Engine(
         model,
@@ -108,24 +107,6 @@ def _open_model(
         momentum=momentum,
     )
     return first_step, engine, head
-
-
-def _identity(catalog: Catalog) -> dict[str, int]:
-    """What tells one dataset from another, wherever it lies."""
-    labels = catalog.label_N.tobytes()
-    return {"images": len(catalog), "classes": catalog.num_classes, "labels_crc32": zlib.crc32(labels)}
-
-
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
-
-
-def _logical(network: checkpoint.State, head: PartialFC) -> checkpoint.State:
-    """The names under which a checkpoint keeps the parts of a network and the head."""
-    return {
-        **{f"backbone_{part}": tensors for part, tensors in network.items()},
-        "head": head.logical_state(),
-    }
 
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
@@ -145,7 +126,7 @@ def _refuse_changes(config: RunConfig, catalog: Catalog, header: checkpoint.Head
         before = header.config
     changed = differences(
         {**before, "dataset": header.dataset},
-        {**config.model_dump(mode="json"), "dataset": _identity(catalog)},
+        {**config.model_dump(mode="json"), "dataset": catalog.identity},
     )
     if changed:
         raise ValueError(
@@ -283,11 +264,11 @@ class _Training:
         started = time.monotonic()
         self.engine.synchronize_statistics()
         header = checkpoint.Header(
-            step, self.config.model_dump(mode="json"), _identity(self.catalog), checkpoint.versions()
+            step, self.config.model_dump(mode="json"), self.catalog.identity, checkpoint.versions()
         )
         path = checkpoint.save(
             self.config.run_dir,
-            _logical(self.engine.state(), self.head),
+            {**self.engine.state(), "head": self.head.logical_state()},
             header,
             keep=self.config.checkpoint.keep,
             group=self.ranks.group,

@@ -77,8 +77,8 @@ def trained_at_all_stages(rank):
         train(engine, rank, range(1, STEPS))
         straight = copied(engine.state())
         model = TinyBackbone()
-        model.load_state_dict({**model.state_dict(), **state["weight"]})
-        again = new_engine(stage, model, state["momentum"])
+        model.load_state_dict({**model.state_dict(), **state["backbone_weight"]})
+        again = new_engine(stage, model, state["backbone_momentum"])
         train(again, rank, range(1, STEPS))
         image = next(micro_batches(0))[0]
         found[stage] = fresh, straight, copied(again.state()), again.embed(image)
@@ -91,7 +91,7 @@ def momentum_in_bfloat16(rank):
     for stage in (0, 1, 2):
         engine = new_engine(stage, precision="bf16")
         train(engine, rank, range(1))
-        momentum = torch.cat([tensor.flatten() for tensor in engine.state()["momentum"].values()])
+        momentum = torch.cat([tensor.flatten() for tensor in engine.state()["backbone_momentum"].values()])
         shares[stage] = (momentum == momentum.bfloat16()).float().mean().item()
     return shares
 
@@ -131,10 +131,14 @@ def test_ranks_equal_one_plain_process(by_rank, plain, stage):
     for found in by_rank:
         _, straight, _, embedded = found[stage]
         for name, weight in weights.items():
-            torch.testing.assert_close(straight["weight"][name], weight.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(straight["momentum"][name], momenta[name], rtol=1e-5, atol=1e-5)
-        assert straight["weight"].keys() == straight["momentum"].keys() == weights.keys()
-        assert straight["buffer"].keys() == {"counted"}
+            torch.testing.assert_close(
+                straight["backbone_weight"][name], weight.detach(), rtol=1e-5, atol=1e-6
+            )
+            torch.testing.assert_close(
+                straight["backbone_momentum"][name], momenta[name], rtol=1e-5, atol=1e-5
+            )
+        assert straight["backbone_weight"].keys() == straight["backbone_momentum"].keys() == weights.keys()
+        assert straight["backbone_buffer"].keys() == {"counted"}
         expected = model(next(micro_batches(0))[0]).emb_BD.detach()
         torch.testing.assert_close(embedded, expected, rtol=1e-5, atol=1e-5)
 
@@ -143,7 +147,7 @@ def test_ranks_equal_one_plain_process(by_rank, plain, stage):
 def test_a_state_taken_between_steps_goes_on_to_the_same_bits(by_rank, stage):
     for found in by_rank:
         _, straight, again, _ = found[stage]
-        for part in ("weight", "momentum"):
+        for part in ("backbone_weight", "backbone_momentum"):
             assert all(torch.equal(again[part][name], t) for name, t in straight[part].items())
 
 
@@ -151,8 +155,8 @@ def test_a_state_taken_between_steps_goes_on_to_the_same_bits(by_rank, stage):
 def test_a_state_taken_before_the_first_step(by_rank, stage):
     fresh = by_rank[0][stage][0]
     initial = dict(TinyBackbone().named_parameters())
-    assert all(torch.equal(tensor, initial[name]) for name, tensor in fresh["weight"].items())
-    assert not any(tensor.any() for tensor in fresh["momentum"].values())
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in fresh["backbone_weight"].items())
+    assert not any(tensor.any() for tensor in fresh["backbone_momentum"].values())
 
 
 def test_with_bf16_products_gradients_are_still_summed_in_float32():

@@ -65,7 +65,7 @@ def trained(rank, accumulation):
         losses.append(outcome.loss.item())
     state = engine.state()
     rows = {name: tensor.full_tensor() for name, tensor in head.logical_state().items()}
-    return losses, {**state["weight"], **rows, "norms": model.counted.clone()}
+    return losses, {**state["backbone_weight"], **rows, "norms": model.counted.clone()}
 
 
 def global_batch(step):
