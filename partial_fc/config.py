@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # bfloat16 holds 8 binary digits: a moment that fades by less than this share of itself stays where it is.
 _BF16_LEAST_FADE = 2**-7
-# Kernels sum exponentials in float32 without a maximum; see there.
-KERNELS_MAX_SCALE = 64.0
+# Up to here float32 holds exp(logit), its sum over 2^31 classes, and all that matters beside the largest of a
+# row even if that one is at -scale: no maximum has to be taken off first.
+FLOAT32_MAX_SCALE = 64.0
 
 
 class CombinedConfig(BaseModel):
@@ -130,10 +131,11 @@ class HeadConfig(BaseModel):
         "scale <= 64 and margins other than curricularface; dense: all logits, by autograd; auto: kernels "
         "where they can be used, else streaming",
     )
-    matrix_inputs: Literal["bf16", "tf32"] = Field(
-        "bf16",
-        description="what kernels round unit embeddings, unit rows and probabilities to before they multiply "
-        "them; rows, moments and sums stay in float32",
+    matrix_inputs: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto",
+        description="what unit embeddings, unit rows and probabilities are rounded to before they are "
+        "multiplied; rows, moments and sums stay in float32, but a CPU's products of bf16 come out as bf16. "
+        "auto: bf16 for kernels (which know tf32 too), fp32 for streaming (which knows all) and dense",
     )
     deterministic: bool = Field(
         False,

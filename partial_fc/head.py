@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from partial_fc import collectives, margin, optim, partition, sampling
-from partial_fc.config import KERNELS_MAX_SCALE, HeadConfig
+from partial_fc.config import FLOAT32_MAX_SCALE, HeadConfig
 from partial_fc.dense import Dense
 from partial_fc.margin import Margin
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
-from partial_fc.streaming import Streaming, target_units, unit
+from partial_fc.streaming import Streaming
+from partial_fc.targets import target_units, unit
 
 IGNORE = -1
 _INITIAL_STD = 0.01
@@ -218,27 +219,33 @@ class PartialFC:
                 f"{list(emb_GD.shape)} and {label_G.dtype} labels {list(label_G.shape)}"
             )
         # Every rank sees the same labels, so all raise or none: nobody is left waiting in a collective.
-        is_bad_G = (label_G < IGNORE) | (label_G >= self.num_classes)
-        if is_bad_G.any():
-            row = int(is_bad_G.nonzero()[0])
-            raise LabelError(
-                row,
-                f"has label {int(label_G[row])}: expected 0 to {self.num_classes - 1}, "
-                f"or {IGNORE} to ignore the row; correct the labels or num_classes",
-            )
+        _refuse(
+            (label_G < IGNORE) | (label_G >= self.num_classes),
+            label_G,
+            f"expected 0 to {self.num_classes - 1}, or {IGNORE} to ignore the row; "
+            "correct the labels or num_classes",
+        )
         if self._label_N is not None:
-            is_new_G = (label_G != IGNORE) & ~torch.isin(label_G, self._label_N)
-            if is_new_G.any():
-                row = int(is_new_G.nonzero()[0])
-                raise LabelError(
-                    row,
-                    f"has label {int(label_G[row])}, of which begin_step was not told: expected one of the "
-                    f"step's {len(self._label_N)} labels",
-                )
+            _refuse(
+                (label_G != IGNORE) & ~torch.isin(label_G, self._label_N),
+                label_G,
+                f"begin_step was not told of it, expected one of the step's {len(self._label_N)} labels",
+            )
+
+
+def _refuse(is_bad_G: Tensor, label_G: Tensor, problem: str) -> None:
+    if is_bad_G.any():
+        row = int(is_bad_G.nonzero()[0])
+        raise LabelError(row, f"has label {int(label_G[row])}: {problem}")
 
 
 def _softmax(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> MarginSoftmax:
+    inputs = config.matrix_inputs
     if config.backend == "dense":
+        if inputs not in ("auto", "fp32"):
+            raise ValueError(
+                f"backend = dense multiplies in fp32: expected matrix_inputs = auto or fp32, found {inputs}"
+            )
         return Dense(chosen, config.scale, config.interclass_filter)
     common = (chosen, config.scale, config.interclass_filter, config.tile)
     if config.backend == "kernels" or (config.backend == "auto" and weight_RD.is_cuda):
@@ -246,10 +253,10 @@ def _softmax(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> MarginSof
         if obstacle is None:
             from partial_fc.kernels import Kernels  # needs Triton, which not everyone has
 
-            return Kernels(*common, config.matrix_inputs, config.deterministic)
+            return Kernels(*common, "bf16" if inputs == "auto" else inputs, config.deterministic)
         if config.backend == "kernels":
             raise ValueError(f"backend = kernels: expected {obstacle}; change that, or set backend = auto")
-    return Streaming(*common)
+    return Streaming(*common, "fp32" if inputs == "auto" else inputs, weight_RD.dtype)
 
 
 def _obstacle_to_kernels(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> str | None:
@@ -264,10 +271,12 @@ def _obstacle_to_kernels(config: HeadConfig, chosen: Margin, weight_RD: Tensor) 
         return f"a GPU (or TRITON_INTERPRET=1, to test), found device {weight_RD.device}"
     if weight_RD.dtype != torch.float32:
         return f"rows of torch.float32, found {weight_RD.dtype}"
+    if config.matrix_inputs == "fp32":
+        return "matrix_inputs = bf16 or tf32, found fp32"
     if chosen.bends_others:
         return f"a margin that leaves other classes as they are, found {config.margin.kind}"
-    if config.scale > KERNELS_MAX_SCALE:
-        return f"scale <= {KERNELS_MAX_SCALE:g}, where exp(logit) fits float32, found {config.scale:g}"
+    if config.scale > FLOAT32_MAX_SCALE:
+        return f"scale <= {FLOAT32_MAX_SCALE:g}, where exp(logit) fits float32, found {config.scale:g}"
     return None
 
 

@@ -3,9 +3,9 @@
 Shapes: G rows (embeddings), R classes of this rank, T in a tile, D the embedding size. Per tile:
     1. _unit_rows        weight rows, those of a sample picked out -> unit rows [T, D] in the matrix type
        _exponentials     x w^T fused with scale, filter, target, exponential and the sums of rows -> [G, T]
-       _product          [G, T] x [T, D]: the weighted sum of unit rows, which becomes the embedding gradient
+       Products          [G, T] x [T, D]: the weighted sum of unit rows, which becomes the embedding gradient
     3. _unit_rows, _exponentials again, now as p = exp(logit - lse)
-       _product          [T, G] x [G, D]: the gradient by the unit rows
+       Products          [T, G] x [G, D]: the gradient by the unit rows
        _through_unit     projects it through the normalisation of the rows, in place
 Targets, G of them, are dealt with in plain PyTorch and float32, margin and all.
 
@@ -18,7 +18,7 @@ otherwise each normalise and round the same rows. All this is calculated, not ye
 The rows are updated by `optim`, tile by tile: it knows all optimizers and types of moments, and knows them
 once.
 
-No running maximum is kept: cosines end at 1, and up to a scale of `KERNELS_MAX_SCALE` float32 holds
+No running maximum is kept: cosines end at 1, and up to a scale of `FLOAT32_MAX_SCALE` float32 holds
 exp(logit), its sum over 2^31 classes, and all that matters beside the largest of a row even if that one is at
 -scale. No sum uses atomics. Only the choice of block sizes, by timing, can change a sum's order from run to
 run; `deterministic` fixes them.
@@ -29,20 +29,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from partial_fc.config import KERNELS_MAX_SCALE
+from partial_fc.config import FLOAT32_MAX_SCALE
 from partial_fc.margin import Margin
+from partial_fc.matrix import Inputs, Products
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
-from partial_fc.streaming import target_units, unit
+from partial_fc.targets import Targets
 
 # Long enough to hide a tile's dozens of launches, small beside the memory of any GPU.
 _TILE_BYTES = 1 << 28
@@ -214,13 +214,8 @@ class LocalSoftmax:
     """One batch against this rank's classes: what phase 1 leaves for the other two."""
 
     others_lse_G: Tensor  # over this rank's classes but the target; -inf without any
-    target_G: Tensor  # target logit with margin; this and the next three 0 where the target is elsewhere
-    by_cos_G: Tensor
-    by_norm_G: Tensor
-    by_norm_penalty_G: Tensor
-    target_unit_GD: Tensor
-    unit_GD: Tensor
-    inverse_norm_G: Tensor
+    target_G: Tensor  # target logit with margin; 0 where the target is on another rank
+    targets: Targets
     weighted_sum_GD: Tensor  # of exp(logit) w_j, targets left out
     rows: _Rows
     sample: Sample
@@ -239,7 +234,7 @@ class Kernels:
     """See above; each method does what the one of the same name does in `streaming.Streaming`.
 
     Weights are float32; `matrix_inputs` is what the matrix units are fed, and they sum in float32.
-    Margins that bend the other classes are not for this backend, nor are scales above `KERNELS_MAX_SCALE`.
+    Margins that bend the other classes are not for this backend, nor are scales above `FLOAT32_MAX_SCALE`.
     """
 
     def __init__(
@@ -248,16 +243,17 @@ class Kernels:
         scale: float,
         interclass_filter: float | None,
         tile: int | None,
-        matrix_inputs: Literal["bf16", "tf32"],
+        matrix_inputs: Inputs,
         deterministic: bool,
     ) -> None:
         assert not margin.bends_others
-        assert scale <= KERNELS_MAX_SCALE
+        assert scale <= FLOAT32_MAX_SCALE
+        assert matrix_inputs != "fp32"
         self._margin = margin
         self._scale = scale
         self._filter_above = math.inf if interclass_filter is None else interclass_filter
         self._tile = tile
-        self._matrix_type = torch.bfloat16 if matrix_inputs == "bf16" else torch.float32
+        self._product = Products(matrix_inputs, torch.float32)
         self._deterministic = deterministic
         self._sample = Sample(0)
         self._batches: list[_Batch] = []
@@ -267,43 +263,19 @@ class Kernels:
         self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
     ) -> LocalSoftmax:
         assert known_cos_G is None
-        norm_G = torch.linalg.vector_norm(emb_GD, dim=1)
-        unit_GD, inverse_norm_G = unit(emb_GD)
-        is_here_G = label_G >= 0
-        target_unit_GD = target_units(weight_RD, sample, label_G)
-        target = self._margin.target((unit_GD * target_unit_GD).sum(1), norm_G)
-        penalty = self._margin.penalty(norm_G)
-        rows = _Rows(unit_GD.to(self._matrix_type).contiguous(), label_G)
+        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, label_G)
+        rows = _Rows(targets.unit_GD.to(self._product.dtype).contiguous(), label_G)
         sum_G, weighted_sum_GD = self._sums_of_others(weight_RD, sample, rows)
-        zero_G = torch.zeros_like(norm_G)
-        return LocalSoftmax(
-            others_lse_G=sum_G.log(),
-            target_G=(target.logit_G * self._scale).where(is_here_G, 0),
-            by_cos_G=target.by_cos_G.where(is_here_G, 0),
-            by_norm_G=zero_G if target.by_norm_G is None else target.by_norm_G.where(is_here_G, 0),
-            by_norm_penalty_G=zero_G if penalty is None else penalty[1].where(is_here_G, 0),
-            target_unit_GD=target_unit_GD,
-            unit_GD=unit_GD,
-            inverse_norm_G=inverse_norm_G,
-            weighted_sum_GD=weighted_sum_GD,
-            rows=rows,
-            sample=sample,
-        )
+        return LocalSoftmax(sum_G.log(), targets.logit_G, targets, weighted_sum_GD, rows, sample)
 
     @torch.no_grad()
     def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        pull_G = torch.expm1(local.target_G - lse_G)
-        residual_G = pull_G * local.by_cos_G
-        grad_GD = local.weighted_sum_GD * (-lse_G).exp()[:, None]
-        grad_GD.addcmul_(local.target_unit_GD, residual_G[:, None]).mul_(self._scale)
-        along_G = (grad_GD * local.unit_GD).sum(1)
-        grad_GD.addcmul_(local.unit_GD, -along_G[:, None]).mul_(local.inverse_norm_G[:, None])
-        by_norm_G = pull_G * self._scale * local.by_norm_G + local.by_norm_penalty_G
-        grad_GD.addcmul_(local.unit_GD, by_norm_G[:, None]).mul_(row_weight_G[:, None])
+        residual_G = local.targets.residual(lse_G) * row_weight_G
         log2_offset_G = (lse_G - row_weight_G.log()) * _LOG2_E
         self._sample = local.sample
-        self._batches.append(_Batch(local.rows, log2_offset_G, residual_G * row_weight_G))
-        return grad_GD
+        self._batches.append(_Batch(local.rows, log2_offset_G, residual_G))
+        pull_GD = local.weighted_sum_GD * (-lse_G).exp()[:, None]
+        return local.targets.embedding_gradient(pull_GD, lse_G, row_weight_G)
 
     @torch.no_grad()
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:
@@ -312,12 +284,12 @@ class Kernels:
         assert batches, "a step needs a batch"
         most = max(len(batch.residual_G) for batch in batches)
         for start, rows in sample.tiles(self._tile_of(most, weight_RD)):
-            tile = _Tile(weight_RD, rows, self._matrix_type)
+            tile = _Tile(weight_RD, rows, self._product.dtype)
             for batch in batches:
                 p_GT = self._exponentials(
                     tile, start, batch.rows, batch.log2_offset_G, batch.residual_G, None
                 )
-                tile.add_gradient(_product(p_GT.T, batch.rows.unit_GD))
+                tile.add_gradient(self._product(p_GT.T, batch.rows.unit_GD))
             yield rows, tile.gradient(self._scale)
 
     def forget(self) -> None:
@@ -333,9 +305,9 @@ class Kernels:
         weighted_sum_GD = weight_RD.new_zeros(count, weight_RD.shape[1])
         zero_G = weight_RD.new_zeros(count)
         for start, picked in sample.tiles(most):
-            tile = _Tile(weight_RD, picked, self._matrix_type)
+            tile = _Tile(weight_RD, picked, self._product.dtype)
             exp_GT = self._exponentials(tile, start, rows, zero_G, zero_G, sum_LG)
-            weighted_sum_GD += _product(exp_GT, tile.unit_TD)
+            weighted_sum_GD += self._product(exp_GT, tile.unit_TD)
         return sum_LG.sum(0), weighted_sum_GD
 
     def _exponentials(
@@ -374,7 +346,7 @@ class Kernels:
 
     def _tile_of(self, rows: int, weight_RD: Tensor) -> int:
         """Classes per tile; by default a multiple of 128 whose buffers come to `_TILE_BYTES`."""
-        matrix_bytes, width = self._matrix_type.itemsize, weight_RD.shape[1]
+        matrix_bytes, width = self._product.dtype.itemsize, weight_RD.shape[1]
         # Exponentials and unit rows, the gradient, and what the optimizer computes with.
         bytes_per_class = matrix_bytes * (rows + width) + 4 * 3 * width
         return self._tile or max(1, _TILE_BYTES // bytes_per_class // 128) * 128
@@ -411,24 +383,3 @@ class _Tile:
         kernel[(triton.cdiv(count, block),)](
             *arguments, D=width, SAMPLED=self._is_sampled, BLOCK_T=block, BLOCK_D=padded
         )
-
-
-def _product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """The product in float32, summed in float32, of factors in the matrix type."""
-    if not left_MK.is_cuda:
-        return left_MK.float() @ right_KN.float()
-    if left_MK.dtype == torch.float32:
-        with _tf32():
-            return left_MK @ right_KN
-    return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """cuBLAS may round float32 factors to TF32; PyTorch keeps that in a global."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

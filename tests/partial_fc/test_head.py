@@ -116,6 +116,52 @@ def test_streaming_equals_the_dense_twin(
         assert_close(found.logical_state()[name].double(), tensor.double(), tolerance, least=scale * 1e-2)
 
 
+@pytest.mark.parametrize("kind", MARGINS[:-1])  # which negatives are hard may fall either way
+@pytest.mark.parametrize("settings", [{}, {"sample_rate": 0.3}, {"scale": 64.0}])
+def test_streaming_in_bfloat16_equals_the_dense_twin_up_to_its_rounding(kind, settings):
+    """2^-8 of a cosine: factors are rounded to 2^-9 of themselves and, on a CPU, products once more."""
+    classes, width, rows = 300, 48, 24
+    config = {"margin": kind, "scale": 16.0, "tile": 64, **settings}
+    found = make_head(classes, width, torch.float32, matrix_inputs="bf16", **config)
+    expected = make_head(classes, width, torch.float32, backend="dense", **config)
+    tolerance = config["scale"] * 2**-8
+    for step in range(2):
+        emb_GD, label_G = batch(rows, classes, width, seed=step, dtype=torch.float32)
+        for head in (found, expected):
+            head.begin_step(step, label_G)
+        (loss, grad_GD), (expected_loss, expected_grad_GD) = (
+            head.forward_backward(emb_GD, label_G) for head in (found, expected)
+        )
+        assert abs(float(loss - expected_loss)) <= tolerance
+        assert_close(grad_GD, expected_grad_GD, tolerance)
+        found.step(1e-3)
+        expected.step(1e-3)
+    for name, rows_RD in expected.logical_state().items():
+        assert_close(found.logical_state()[name], rows_RD, tolerance)
+
+
+@pytest.mark.parametrize("at", [1.0, -1.0])
+def test_logits_whose_exponentials_float32_cannot_hold(at):
+    """exp(150) is beyond its range, exp(-150) below it: a maximum is taken off."""
+    dice = torch.Generator().manual_seed(3)
+    found, expected = (
+        make_head(12, 6, dtype, scale=150.0, tile=5, margin=COSFACE, backend=backend)
+        for dtype, backend in ((torch.float32, "streaming"), (torch.float64, "dense"))
+    )
+    near_R6 = torch.randn(6, generator=dice) + 0.1 * torch.randn(12, 6, generator=dice)
+    for head in (found, expected):
+        head.weight_RD.copy_(near_R6)
+    emb_GD, label_G = at * near_R6[:4], torch.arange(4)
+    (loss, grad_GD), (expected_loss, expected_grad_GD) = (
+        head.forward_backward(emb_GD.to(head.weight_RD.dtype), label_G) for head in (found, expected)
+    )
+    assert abs(float(loss) - float(expected_loss)) < 1e-3
+    assert_close(grad_GD.double(), expected_grad_GD, 1e-3)
+    for head in (found, expected):
+        head.step(1e-3)
+    assert_close(found.weight_RD.double(), expected.weight_RD, 1e-4)
+
+
 @pytest.mark.parametrize("backend", ["streaming", "dense"])
 @pytest.mark.parametrize("kind", DIFFERENTIABLE)
 def test_gradients_are_those_of_the_loss_that_is_returned(backend, kind):
@@ -358,7 +404,7 @@ def test_a_label_of_which_begin_step_was_not_told_is_an_error_that_names_the_row
     head = make_head(20, 6, sample_rate=0.5)
     head.begin_step(0, label_G.clamp(max=10))
     label_G[5] = 15
-    with pytest.raises(ValueError, match=r"row \d of the gathered batch has label \d+, of which begin_step"):
+    with pytest.raises(ValueError, match=r"row \d of the gathered batch has label \d+: begin_step was not"):
         head.forward_backward(emb_GD, label_G)
 
 

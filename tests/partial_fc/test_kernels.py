@@ -2,7 +2,7 @@
 
 Triton decides at its import whether to interpret, so the steps run in a process of their own: this file as
 a script, on the GPU if there is one, else in Triton's interpreter. There "tf32" is float32 to the last bit,
-and bf16 is cut off where a GPU rounds to the nearest.
+and some of bf16 is cut off where a GPU rounds to the nearest.
 """
 
 import os
@@ -48,7 +48,7 @@ CASES |= {
     f"bf16, {name}": {**CASES[name], "head": {"matrix_inputs": "bf16", "scale": 16.0, **CASES[name]["head"]}}
     for name in ("several tiles", "sampled", "accumulated", "magface")
 }
-BACKENDS = {"found": {"backend": "kernels"}, "expected": {"backend": "dense"}}
+BACKENDS = {"found": {"backend": "kernels"}, "expected": {"backend": "dense", "matrix_inputs": "fp32"}}
 
 
 def config_of(case, backend):
@@ -129,7 +129,8 @@ def one_shard_of_many(rows):
     weight_RD = torch.randn(rows, 12, generator=dice).to(device)
     emb_GD = torch.randn(9, 12, generator=dice).to(device)
     label_G = torch.randint(-1, max(rows, 1), (9,), generator=dice).clamp(max=rows - 1).to(device)
-    for softmax in (Kernels(chosen, 30.0, None, 16, "tf32", True), Streaming(chosen, 30.0, None, 16)):
+    common = (chosen, 30.0, None, 16)
+    for softmax in (Kernels(*common, "tf32", True), Streaming(*common, "fp32", torch.float32)):
         local = softmax.local_softmax(weight_RD, Sample(rows), emb_GD, label_G, None)
         lse_G = torch.logaddexp(local.others_lse_G, torch.full_like(local.target_G, 29.0))
         grad_GD = softmax.embedding_gradient(local, lse_G, torch.full_like(lse_G, 1 / 9))
@@ -294,11 +295,13 @@ def test_auto_takes_kernels_on_a_gpu_and_streaming_elsewhere(hopper, monkeypatch
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert type(choice("cuda:0")).__name__ == "Kernels"
     assert type(choice("cpu")) is Streaming
+    assert type(choice("cpu", matrix_inputs="bf16")) is Streaming
     assert type(choice("cuda:0", backend="streaming")) is Streaming
 
 
 OBSTACLES = {
     "rows of torch.float32, found torch.float64": {"dtype": torch.float64},
+    "matrix_inputs = bf16 or tf32, found fp32": {"matrix_inputs": "fp32"},
     "found curricularface": {"margin": {"kind": "curricularface"}},
     "scale <= 64, where .* found 65": {"scale": 65.0},
 }
@@ -332,6 +335,11 @@ def test_without_triton_all_but_kernels_works(hopper, monkeypatch):
     assert type(choice("cuda:0")) is Streaming
     with pytest.raises(ValueError, match="expected the package triton, found none"):
         choice("cuda:0", backend="kernels")
+
+
+def test_the_dense_twin_rounds_nothing():
+    with pytest.raises(ValueError, match="expected matrix_inputs = auto or fp32, found bf16"):
+        choice(backend="dense", matrix_inputs="bf16")
 
 
 def test_the_head_can_be_imported_without_triton():
