@@ -33,18 +33,45 @@ def test_uniform_is_uniform():
     assert np.abs(np.corrcoef(values) - np.eye(4)).max() < 0.02
 
 
-@given(seed=st.integers(0, 2**63), records=st.integers(1, 700), epoch=st.integers(0, 2**31))
-def test_every_epoch_visits_every_record_once(seed, records, epoch):
-    ids = order.record_of(seed, np.arange(epoch * records, (epoch + 1) * records), records)
+SHUFFLES = st.none() | st.builds(order.Blocks, size=st.integers(1, 50), window=st.integers(1, 9))
+
+
+@given(seed=st.integers(0, 2**63), records=st.integers(1, 700), epoch=st.integers(0, 2**31), blocks=SHUFFLES)
+def test_every_epoch_visits_every_record_once(seed, records, epoch, blocks):
+    ids = order.record_of(seed, np.arange(epoch * records, (epoch + 1) * records), records, blocks)
     assert sorted(ids) == list(range(records))
 
 
-@given(records=st.integers(1, 10**9), start=st.integers(0, 10**15), cut=st.integers(0, 50))
-def test_any_part_of_the_sequence_is_found_without_the_rest(records, start, cut):
-    whole = order.record_of(1, np.arange(start, start + 50), records)
-    parts = [order.record_of(1, np.arange(start, start + cut), records)]
-    parts.append(order.record_of(1, np.arange(start + cut, start + 50), records))
+@given(
+    records=st.integers(1, 10**4) | st.integers(1, 10**9),
+    start=st.integers(0, 10**5) | st.integers(0, 10**15),
+    cut=st.integers(0, 50),
+    blocks=SHUFFLES,
+)
+def test_any_part_of_the_sequence_is_found_without_the_rest(records, start, cut, blocks):
+    whole = order.record_of(1, np.arange(start, start + 50), records, blocks)
+    parts = [order.record_of(1, np.arange(start, start + cut), records, blocks)]
+    parts.append(order.record_of(1, np.arange(start + cut, start + 50), records, blocks))
     assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_a_window_is_read_in_as_many_runs_as_it_has_blocks():
+    n, blocks = 10_007, order.Blocks(size=100, window=8)
+    ids = order.record_of(3, np.arange(n), n, blocks)
+    for start in range(0, 9600, 800):
+        breaks = np.diff(np.sort(ids[start : start + 800])) != 1
+        assert breaks.sum() <= 8  # 8 blocks, and perhaps one cut by the end of the dataset
+    inside = ids[:800]
+    assert abs(np.corrcoef(inside, np.arange(800))[0, 1]) < 0.2
+    firsts = [order.record_of(3, np.arange(e * n, e * n + 800), n, blocks) for e in range(3)]
+    assert len({tuple(np.sort(first)) for first in firsts}) == 3
+
+
+def test_blocks_of_one_record_are_a_full_shuffle():
+    n = 5000
+    ids = order.record_of(0, np.arange(n), n, order.Blocks(1, 1))
+    assert abs(np.corrcoef(ids, np.arange(n))[0, 1]) < 0.05
+    assert (np.abs(np.diff(ids)) == 1).mean() < 0.01
 
 
 def test_epochs_and_seeds_differ_and_are_shuffled():
