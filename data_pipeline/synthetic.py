@@ -45,6 +45,9 @@ class SynthConfig(BaseModel):
         description="strength of pose, expression, light, occlusion, deformation, blur, low resolution and "
         "JPEG compression; 0 is a sharp frontal portrait",
     )
+    jpeg_quality: int | None = Field(
+        None, ge=1, le=95, description="JPEG quality of all pictures; by default it falls with the difficulty"
+    )
     image_size: int = Field(112, ge=16, le=4096, description="width and height of the pictures, pixels")
     processes: int | None = Field(
         None, ge=1, description="painters that work at once; by default one per core; changes no picture"
@@ -127,6 +130,8 @@ def _occlusions(uniform_N: np.ndarray, share: float) -> list[str]:
 def pictures(config: SynthConfig, identity_N: np.ndarray, number_N: np.ndarray) -> list[Picture]:
     """Paint picture `number` of `identity`, N times; identities and numbers are int64 [N]."""
     nuisances = nuisances_of(config.seed, identity_N, number_N, config.difficulty)
+    if config.jpeg_quality is not None:
+        nuisances = [one._replace(jpeg_quality=config.jpeg_quality) for one in nuisances]
     faces = faces_of(config.seed, identity_N)
     rows = zip(identity_N.tolist(), number_N.tolist(), faces, nuisances, strict=True)
     return [

@@ -65,6 +65,16 @@ def test_a_picture_does_not_depend_on_what_else_is_asked_for():
     assert len({picture.jpeg for picture in together}) == 4
 
 
+def test_a_fixed_jpeg_quality_is_that_of_every_picture():
+    config = SMALL.model_copy(update={"jpeg_quality": 95})
+    for picture in pictures(config, np.arange(6), np.arange(6)):
+        again = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(again, "JPEG", quality=95)
+        tables = [Image.open(io.BytesIO(jpeg)).quantization for jpeg in (picture.jpeg, again.getvalue())]
+        assert tables[0] == tables[1]
+        assert picture.nuisances.jpeg_quality == 95
+
+
 def test_people_fill_the_ranges_evenly():
     value_NF = np.array(faces_of(1, np.arange(2000)))
     low_F, high_F = np.array(list(ranges(Face).values())).T
