@@ -3,40 +3,95 @@
 The only import of nvidia.dali. The same graph decodes on the CPU (`device_id=None`) and, in DALI's mixed
 mode, on a GPU. What is decoded when is the caller's: `source(i)` is asked for micro-batch i = 0, 1, 2...,
 a few ahead of what is being read.
+
+Nothing here is random, and nothing depends on the rest of the batch: every parameter comes with its sample.
+A change that the configuration leaves off is not in the graph; one that a sample does not get is passed by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
 
 from data_pipeline import augment
 from data_pipeline.augment import Augmentation
+from data_pipeline.config import AugmentConfig
 from data_pipeline.images import DecodeError, decoded
 
 EncodedBatch = tuple[list[np.ndarray], Augmentation]
 
 
-@pipeline_def
-def _graph(source: Callable[[int], tuple], image_size: int, device: str) -> Any:
-    encoded, mirror, brightness, contrast = fn.external_source(
-        source,
-        num_outputs=4,
-        batch=True,
-        dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT],
-        ndim=[1, 0, 0, 0],
-    )
-    images = fn.decoders.image(encoded, device=device, output_type=types.RGB)
-    images = fn.resize(images, resize_x=image_size, resize_y=image_size)
-    images = fn.brightness_contrast(images, brightness=brightness, contrast=contrast)
+# An `if` on a value of the graph chooses the samples that go through the operators below it.
+@pipeline_def(enable_conditionals=True)
+def _graph(
+    source: Callable[[int], tuple], names: dict[str, list[str]], image_size: int, hw_decoder_load: float
+) -> Any:
+    count = 2 + sum(map(len, names.values()))
+    encoded, mirror, *values = fn.external_source(source, num_outputs=count, batch=True)
+    images = _decoded(encoded, hw_decoder_load)
+    shape = fn.peek_image_shape(encoded)
+    # Resizing takes as long as decoding, even where it changes nothing.
+    if (shape[0] != image_size) | (shape[1] != image_size):
+        images = fn.resize(images, resize_x=image_size, resize_y=image_size)
+    for change, keys in names.items():
+        parameters = {key: values.pop(0) for key in keys}
+        if parameters["on"]:
+            images = _changed(change, images, parameters, image_size)
     # uint8 0..255 to [-1, 1], the range every published face-recognition recipe uses
     return fn.crop_mirror_normalize(
         images, mirror=mirror, mean=[127.5] * 3, std=[127.5] * 3, dtype=types.FLOAT, output_layout="CHW"
     )
+
+
+@do_not_convert
+def _decoded(encoded: Any, hw_decoder_load: float) -> Any:
+    if Pipeline.current().device_id is None:
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    return fn.decoders.image(encoded, device="mixed", output_type=types.RGB, hw_decoder_load=hw_decoder_load)
+
+
+@do_not_convert
+def _changed(change: str, images: Any, parameters: dict[str, Any], image_size: int) -> Any:
+    """Images uint8 HWC after one of `augment`'s changes; every operator exists for the CPU and the GPU."""
+    match change, parameters:
+        case "crop", {"anchor": anchor, "shape": shape}:
+            return fn.erase(images, anchor=anchor, shape=shape, axes=[0, 1], normalized=True)
+        case "occlusion", {"anchor": anchor, "shape": shape, "fill": fill}:
+            return fn.erase(images, anchor=anchor, shape=shape, fill_value=fill, axes=[0, 1], normalized=True)
+        case "motion_blur", {"kernel": kernel}:
+            return fn.filter(images, kernel.gpu() if images.device == "gpu" else kernel)
+        case "blur", {"sigma": sigma}:
+            return fn.gaussian_blur(images, sigma=sigma)
+        case "low_resolution", {"scale": scale, "down": down, "up": up}:
+            width = scale * image_size
+            small = fn.resize(
+                images, resize_x=width, resize_y=width, interp_type=_interpolation(down), antialias=False
+            )
+            return fn.resize(
+                small,
+                resize_x=image_size,
+                resize_y=image_size,
+                interp_type=_interpolation(up),
+                antialias=False,
+            )
+        case "photometric", {"on": _, **factors}:
+            return fn.color_twist(images, **factors)
+        case "grey", _:
+            grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+            return fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)
+        case "jpeg", {"quality": quality}:
+            return fn.jpeg_compression_distortion(images, quality=quality)
+    raise AssertionError(change)
+
+
+def _interpolation(number: Any) -> Any:
+    return fn.cast(number, dtype=types.INTERP_TYPE)
 
 
 class Decoder:
@@ -44,7 +99,8 @@ class Decoder:
 
     `source(i)` returns the encoded images and their augmentation, or raises StopIteration after the last;
     a batch may be smaller than `batch_size`. What else it raises ends the iteration, up to
-    `prefetch_batches` early. `name_of(i, row)` is how an error calls an image.
+    `prefetch_batches` early. `name_of(i, row)` is how an error calls an image. `changes` is what the
+    augmentation was drawn from. `hw_decoder_load` is the share of the images that a GPU's JPEG hardware gets.
     """
 
     def __init__(
@@ -57,6 +113,8 @@ class Decoder:
         threads: int,
         prefetch_batches: int,
         device_id: int | None,
+        changes: AugmentConfig,
+        hw_decoder_load: float = 0.65,
     ) -> None:
         self._source, self._name_of = source, name_of
         self._source_error: Exception | None = None
@@ -64,8 +122,9 @@ class Decoder:
         self._device_id = device_id
         self._pipeline = _graph(
             self._arrays,
+            {name: list(keys) for name, keys in augment.of_samples(changes, 0, np.arange(1)).changes.items()},
             image_size,
-            "cpu" if device_id is None else "mixed",
+            hw_decoder_load,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -76,7 +135,7 @@ class Decoder:
         return self
 
     def __next__(self) -> torch.Tensor:
-        # On torch's stream, so that DALI reuses a buffer only after the copy below has been made on the GPU.
+        # On torch's stream, so that a GPU's buffer goes back to DALI only after torch's work with it is done.
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
             (images,) = self._pipeline.run(stream)
@@ -85,7 +144,8 @@ class Decoder:
                 raise
             raise self._explain(self._next, error) from error
         self._next += 1
-        return torch.from_dlpack(images.as_tensor()).clone()
+        # Not a copy: DALI's default executor leaves its outputs to whoever holds them.
+        return torch.from_dlpack(images.as_tensor())
 
     def _arrays(self, i: int) -> tuple:
         try:
@@ -93,7 +153,8 @@ class Decoder:
         except Exception as error:
             self._source_error = error
             raise
-        return encoded, *augmentation
+        changes = chain.from_iterable(change.values() for change in augmentation.changes.values())
+        return encoded, augmentation.mirror_B, *changes
 
     def _explain(self, i: int, error: RuntimeError) -> DecodeError:
         """DALI says which operator failed, not which image: find it."""
@@ -134,4 +195,5 @@ def decode_all(
         threads=threads,
         prefetch_batches=2,
         device_id=device_id,
+        changes=AugmentConfig(),
     )

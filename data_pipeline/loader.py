@@ -87,6 +87,8 @@ class Loader:
             threads=config.threads or default_threads(ranks_on_node),
             prefetch_batches=config.prefetch_batches,
             device_id=device_id,
+            changes=config.augment,
+            hw_decoder_load=config.hw_decoder_load,
         )
 
     def __iter__(self) -> Loader:
