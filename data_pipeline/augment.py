@@ -67,6 +67,12 @@ def _numbers(seed: int, sample_B: np.ndarray, change: int) -> _Numbers:
         yield from counter.uniform(seed, sample_B, _STREAM << 32 | change << 8 | part)
 
 
+def _occlusion(config: OcclusionConfig, numbers: _Numbers) -> Parameters:
+    top_B, left_B, height_B, width_B = _rectangle(config, numbers)
+    colour = [np.floor(256 * next(numbers)) for _ in range(3)]
+    return {"anchor": _rows(top_B, left_B), "shape": _rows(height_B, width_B), "fill": _rows(*colour)}
+
+
 def _crop(config: CropConfig, numbers: _Numbers) -> Parameters:
     """What turns black: the strips above, below, left and right of a rectangle (the second and the fourth
     end beyond the image, so that no rounding leaves a line at its edge)."""
@@ -76,12 +82,6 @@ def _crop(config: CropConfig, numbers: _Numbers) -> Parameters:
         "anchor": _rows(zero_B, zero_B, bottom_B, zero_B, zero_B, zero_B, zero_B, right_B),
         "shape": _rows(top_B, one_B, one_B, one_B, one_B, left_B, one_B, one_B),
     }
-
-
-def _occlusion(config: OcclusionConfig, numbers: _Numbers) -> Parameters:
-    top_B, left_B, height_B, width_B = _rectangle(config, numbers)
-    colour = [np.floor(256 * next(numbers)) for _ in range(3)]
-    return {"anchor": _rows(top_B, left_B), "shape": _rows(height_B, width_B), "fill": _rows(*colour)}
 
 
 def _motion_blur(config: MotionBlurConfig, numbers: _Numbers) -> Parameters:
@@ -133,8 +133,8 @@ def _jpeg(config: JpegConfig, numbers: _Numbers) -> Parameters:
 
 
 _DRAWS: dict[str, Callable[[Any, _Numbers], Parameters]] = {
-    "crop": _crop,
     "occlusion": _occlusion,
+    "crop": _crop,
     "motion_blur": _motion_blur,
     "blur": _blur,
     "low_resolution": _low_resolution,

@@ -10,11 +10,13 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline import inspection, packing, settings, synthetic_set
 from data_pipeline.catalog import Catalog, open_catalog, read_property
+from data_pipeline.config import AugmentConfig
 from data_pipeline.synthetic import SynthConfig
 
 app = typer.Typer(no_args_is_help=True, help="Make, pack and inspect face datasets (InsightFace's format).")
@@ -22,6 +24,16 @@ app = typer.Typer(no_args_is_help=True, help="Make, pack and inspect face datase
 _SAMPLE = 256
 _SHEET = {"classes": 8, "images": 10, "size": 112}
 _REFRESH_S = 0.1
+
+
+class _AugmentData(BaseModel):
+    augment: AugmentConfig = Field(description="the augmentation to show")
+
+
+class _AugmentFile(BaseModel):
+    """A training configuration, of which only [data.augment] is read."""
+
+    data: _AugmentData = Field(description="the table with augment")
 
 
 def _print_keys(wanted: bool) -> None:
@@ -82,13 +94,22 @@ def inspect(
     sheet: Annotated[
         Path, typer.Option(metavar="PNG", help="Where to write the contact sheet; replaces a file there.")
     ] = Path("contact_sheet.png"),
+    augment: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Change the sheet's images as its [data.augment] says; a TOML file as for training.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what a dataset holds, and draw a contact sheet of some of its classes with their labels."""
+    changes = None if augment is None else settings.load(_AugmentFile, augment).data.augment
     catalog = open_catalog(folder)
     for name, value in _facts(folder, catalog):
         typer.echo(f"{name:<18}{value}")
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    inspection.contact_sheet(catalog, **_SHEET).save(sheet, "PNG")
+    inspection.contact_sheet(catalog, **_SHEET, augmentation=changes).save(sheet, "PNG")
     typer.echo(f"{'contact sheet':<18}{sheet}")
 
 

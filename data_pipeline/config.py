@@ -29,18 +29,18 @@ _AREA = "range of its area, as a share of the image's"
 _ASPECT = "range of its width over its height"
 
 
-class CropConfig(_Change):
-    """A rectangle of the face stays at its place, the rest turns black; the defaults are AdaFace's."""
-
-    area: tuple[_Share, _Share] = Field((0.2, 1.0), description=f"the rectangle that stays: {_AREA}")
-    aspect: tuple[_Aspect, _Aspect] = Field((0.75, 1.333), description=f"the same rectangle: {_ASPECT}")
-
-
 class OcclusionConfig(_Change):
     """A rectangle of one random colour hides a part of the face."""
 
     area: tuple[_Share, _Share] = Field((0.02, 0.25), description=f"the rectangle that hides: {_AREA}")
     aspect: tuple[_Aspect, _Aspect] = Field((0.4, 2.5), description=f"the same rectangle: {_ASPECT}")
+
+
+class CropConfig(_Change):
+    """A rectangle of the face stays at its place, the rest turns black; the defaults are AdaFace's."""
+
+    area: tuple[_Share, _Share] = Field((0.2, 1.0), description=f"the rectangle that stays: {_AREA}")
+    aspect: tuple[_Aspect, _Aspect] = Field((0.75, 1.333), description=f"the same rectangle: {_ASPECT}")
 
 
 _Length = Annotated[float, Field(ge=1, le=63)]
@@ -104,8 +104,8 @@ class AugmentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     flip_probability: float = Field(0.5, ge=0, le=1, description="share of samples mirrored left to right")
-    crop: CropConfig = CropConfig()
     occlusion: OcclusionConfig = OcclusionConfig()
+    crop: CropConfig = CropConfig()
     motion_blur: MotionBlurConfig = MotionBlurConfig()
     blur: BlurConfig = BlurConfig()
     low_resolution: LowResolutionConfig = LowResolutionConfig()
@@ -131,6 +131,10 @@ class DataConfig(BaseModel):
     )
     prefetch_batches: int = Field(2, ge=1, description="micro-batches decoded ahead of the network")
     hw_decoder_load: float = Field(
-        0.65, ge=0, le=1, description="share of the images given to the GPU's JPEG hardware, where it has any"
+        1.0,
+        ge=0,
+        le=1,
+        description="share of a batch decoded by the GPU's JPEG hardware, where it has any, the rest by its "
+        "cores; between 0 and 1 an image's last bits may depend on its place in the batch",
     )
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of the training samples")

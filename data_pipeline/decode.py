@@ -60,10 +60,10 @@ def _decoded(encoded: Any, hw_decoder_load: float) -> Any:
 def _changed(change: str, images: Any, parameters: dict[str, Any], image_size: int) -> Any:
     """Images uint8 HWC after one of `augment`'s changes; every operator exists for the CPU and the GPU."""
     match change, parameters:
-        case "crop", {"anchor": anchor, "shape": shape}:
-            return fn.erase(images, anchor=anchor, shape=shape, axes=[0, 1], normalized=True)
         case "occlusion", {"anchor": anchor, "shape": shape, "fill": fill}:
             return fn.erase(images, anchor=anchor, shape=shape, fill_value=fill, axes=[0, 1], normalized=True)
+        case "crop", {"anchor": anchor, "shape": shape}:
+            return fn.erase(images, anchor=anchor, shape=shape, axes=[0, 1], normalized=True)
         case "motion_blur", {"kernel": kernel}:
             return fn.filter(images, kernel.gpu() if images.device == "gpu" else kernel)
         case "blur", {"sigma": sigma}:
@@ -114,7 +114,7 @@ class Decoder:
         prefetch_batches: int,
         device_id: int | None,
         changes: AugmentConfig,
-        hw_decoder_load: float = 0.65,
+        hw_decoder_load: float = 1.0,
     ) -> None:
         self._source, self._name_of = source, name_of
         self._source_error: Exception | None = None

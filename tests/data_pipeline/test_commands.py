@@ -1,13 +1,14 @@
 """`lgaf data`, as one types it."""
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_pipeline import commands, inspection, settings
+from data_pipeline import augment, commands, inspection, settings
 from data_pipeline.catalog import open_catalog
 from data_pipeline.images import DecodeError, decoded
 from data_pipeline.synthetic import SynthConfig
@@ -70,6 +71,42 @@ def test_inspect_says_what_there_is_and_draws_it(dataset, tmp_path):
     }
     with Image.open(tmp_path / "sheets" / "sheet.png") as sheet:
         assert (sheet.format, sheet.width) == ("PNG", 1120)
+
+
+def test_inspect_shows_the_augmentation_of_a_training_configuration(dataset, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'run_dir = "x"\n[data]\npath = "y"\n[data.augment]\ngrey.probability = 1\nflip_probability = 0\n'
+    )
+    for name, options in (("plain", []), ("grey", ["--augment", config])):
+        run("inspect", dataset, "--sheet", tmp_path / f"{name}.png", *options)
+    plain, grey = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "grey"))
+    grey_HWC = np.asarray(grey, int)
+    assert np.all(grey_HWC == grey_HWC[..., :1])
+    # The plain sheet was enlarged by Pillow, the other by DALI.
+    assert np.abs(grey_HWC[..., 0] - np.asarray(plain.convert("L"), int)).mean() < 2
+
+
+def test_inspect_refuses_a_configuration_without_augmentation(dataset, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('[data]\npath = "y"\n')
+    with pytest.raises(ValueError, match=r"run.toml: data.augment: expected a value, found none"):
+        run("inspect", dataset, "--sheet", tmp_path / "sheet.png", "--augment", config)
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_the_augmentation_proposed_in_a_recipe_is_valid(pytestconfig, tmp_path):
+    recipe = (pytestconfig.rootpath / "configs" / "lgaf_r100_webface4m.toml").read_text()
+    assert "# [data.augment]" in recipe
+    (tmp_path / "proposed.toml").write_text(
+        re.sub(r"^# (\[data.augment\]|\w+\.probability)", r"\1", recipe, flags=re.M)
+    )
+    config = settings.load(commands._AugmentFile, tmp_path / "proposed.toml").data.augment
+    assert augment.of_samples(config, 0, np.arange(1)).changes.keys() == {
+        "crop",
+        "low_resolution",
+        "photometric",
+    }
 
 
 def test_inspect_counts_classes_without_images_and_sizes_of_every_kind(tmp_path, write_records, jpeg):

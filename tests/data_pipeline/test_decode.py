@@ -236,7 +236,7 @@ def test_jpeg_loses_more_at_lower_quality_as_pillow_does(plain):
 def operators(config, device_id=None):
     """(name, device of the output) of the graph's operators; it is laid out only, which needs no GPU."""
     names = {name: list(keys) for name, keys in augment.of_samples(config, 0, np.arange(1)).changes.items()}
-    graph = decode._graph(lambda i: (), names, SIZE, 0.65, batch_size=4, num_threads=1, device_id=device_id)
+    graph = decode._graph(lambda i: (), names, SIZE, 1.0, batch_size=4, num_threads=1, device_id=device_id)
     graph._build_graph()
     return {
         (re.match(r"OpSpec for (\w+):", str(operator.spec))[1], operator.spec.OutputDevice(0))
