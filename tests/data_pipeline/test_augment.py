@@ -151,6 +151,8 @@ def test_motion_kernels_are_lines_that_keep_the_brightness():
     # A line of length L has a variance of L * L / 12; a pixel has 1 / 12 of its own, and smears it a little.
     assert across.max() < 0.4
     assert 6 < along.max() < 9.5**2 / 12 + 0.5
+    rising, falling = (spread[:, 1] > 0.1).mean(), (spread[:, 1] < -0.1).mean()
+    assert abs(rising - falling) < 0.04 < min(rising, falling)
     single = drawn("motion_blur", length=[1, 1])["kernel"]
     assert np.all(single == 1)
     assert single.shape == (len(MANY), 1, 1)

@@ -234,14 +234,12 @@ def test_jpeg_loses_more_at_lower_quality_as_pillow_does(plain):
 
 
 def operators(config, device_id=None):
-    """(name, device of the output) of the graph's operators; it is laid out only, which needs no GPU."""
+    """(name, specification) of the graph's operators; it is laid out only, which needs no GPU."""
     names = {name: list(keys) for name, keys in augment.of_samples(config, 0, np.arange(1)).changes.items()}
-    graph = decode._graph(lambda i: (), names, SIZE, 1.0, batch_size=4, num_threads=1, device_id=device_id)
+    graph = decode._graph(lambda i: (), names, SIZE, 0.75, batch_size=4, num_threads=1, device_id=device_id)
     graph._build_graph()
-    return {
-        (re.match(r"OpSpec for (\w+):", str(operator.spec))[1], operator.spec.OutputDevice(0))
-        for operator in graph._ops
-    }
+    specs = [operator.spec for operator in graph._ops]
+    return [(re.match(r"OpSpec for (\w+):", str(spec))[1], spec) for spec in specs]
 
 
 def test_the_plain_graph_holds_nothing_but_what_decoding_needs():
@@ -264,9 +262,13 @@ def test_the_graph_for_a_gpu_is_the_same_and_stays_on_it_once_decoded():
     assert {name for name, _ in on_cpu} == {name for name, _ in on_gpu} - {"MakeContiguous", "Copy"}
     of_images = {"Erase", "Filter", "GaussianBlur", "Resize", "ColorTwist", "ColorSpaceConversion"}
     of_images |= {"JpegCompressionDistortion", "CropMirrorNormalize"}
-    assert {name for name, device in on_gpu if device == "gpu"} >= of_images | {"decoders__Image"}
-    assert not {name for name, device in on_gpu if device == "cpu"} & of_images
-    assert of_images <= set(backend.RegisteredGPUOps())
+    assert of_images <= set(backend.RegisteredGPUOps()) & {name for name, _ in on_gpu}
+    for name, spec in on_gpu:
+        if name in of_images:
+            devices = {spec.InputDevice(i) for i in range(spec.NumRegularInput())} | {spec.OutputDevice(0)}
+            assert devices == {"gpu"}, name
+    (decoder,) = (str(spec) for name, spec in on_gpu if name == "decoders__Image")
+    assert "hw_decoder_load: 0.75" in decoder
 
 
 @needs_gpu
