@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import recordio
+from data_pipeline.quarantine import BadRecord
 
 # Frame header, image header, and the first entry of an array label.
 _HEAD_BYTES = recordio.FRAME_HEADER.size + recordio.IMAGE_HEADER.size + 4
@@ -75,6 +76,10 @@ class Catalog:
     def name_of(self, record: int) -> str:
         """How messages call a record: file, key and offset."""
         return f"{self.rec_path}: key {self.key_N[record]} at byte {self.offset_N[record]}"
+
+    def bad(self, record: int, reason: str) -> BadRecord:
+        """The record's place, for the quarantine's list."""
+        return BadRecord(str(self.rec_path), int(self.key_N[record]), int(self.offset_N[record]), reason)
 
 
 def open_catalog(folder: Path, num_classes: int | None = None) -> Catalog:

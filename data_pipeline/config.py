@@ -7,6 +7,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_pipeline.order import Blocks
+
 
 class _Change(BaseModel):
     """One way to change an image. A pair is a range, from which a number is drawn for every sample."""
@@ -130,6 +132,22 @@ class DataConfig(BaseModel):
         None, ge=1, description="decode threads per rank; by default the node's cores divided by its ranks"
     )
     prefetch_batches: int = Field(2, ge=1, description="micro-batches decoded ahead of the network")
+    shuffle_block: int = Field(
+        1,
+        ge=1,
+        description="neighbouring records that the shuffle keeps together; some hundreds suit disks and file "
+        "systems that are fast only in sequence, 1 is the full shuffle",
+    )
+    shuffle_window: int = Field(
+        64, ge=1, description="blocks whose records are mixed, where shuffle_block is above 1"
+    )
+    max_bad_share: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="share of the samples of a rank whose records may be bad; such samples are replaced and "
+        "listed in quarantine.jsonl, ten in any case",
+    )
     hw_decoder_load: float = Field(
         1.0,
         ge=0,
@@ -138,3 +156,7 @@ class DataConfig(BaseModel):
         "cores; between 0 and 1 an image's last bits may depend on its place in the batch",
     )
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of the training samples")
+
+    def shuffle_blocks(self) -> Blocks | None:
+        """The block shuffle that is asked for; None for the full shuffle."""
+        return None if self.shuffle_block == 1 else Blocks(self.shuffle_block, self.shuffle_window)

@@ -26,6 +26,17 @@ from data_pipeline.images import DecodeError, decoded
 
 EncodedBatch = tuple[list[np.ndarray], Augmentation]
 
+# An image with a side outside these is no face crop, and a much larger one would fill the memory.
+_SIDES_PX = (16, 4096)
+
+
+class UndecodableError(DecodeError):
+    """Images of a micro-batch that cannot be decoded: their reasons by row; names the first."""
+
+    def __init__(self, name: str, reasons: dict[int, str]) -> None:
+        super().__init__(name, next(iter(reasons.values())))
+        self.reasons = reasons
+
 
 # An `if` on a value of the graph chooses the samples that go through the operators below it.
 @pipeline_def(enable_conditionals=True)
@@ -44,9 +55,10 @@ def _graph(
         if parameters["on"]:
             images = _changed(change, images, parameters, image_size)
     # uint8 0..255 to [-1, 1], the range every published face-recognition recipe uses
-    return fn.crop_mirror_normalize(
+    normal = fn.crop_mirror_normalize(
         images, mirror=mirror, mean=[127.5] * 3, std=[127.5] * 3, dtype=types.FLOAT, output_layout="CHW"
     )
+    return normal, shape
 
 
 @do_not_convert
@@ -138,14 +150,30 @@ class Decoder:
         # On torch's stream, so that a GPU's buffer goes back to DALI only after torch's work with it is done.
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
-            (images,) = self._pipeline.run(stream)
+            images, shapes = self._pipeline.run(stream)
         except RuntimeError as error:
             if error is self._source_error:
                 raise
-            raise self._explain(self._next, error) from error
+            reasons = _reasons(self._source(self._next)[0], self._device_id)
+            if not reasons:
+                raise  # no image's fault
+            raise self._undecodable(reasons) from error
+        self._refuse_sizes(np.asarray(shapes.as_tensor())[:, :2])
         self._next += 1
         # Not a copy: DALI's default executor leaves its outputs to whoever holds them.
         return torch.from_dlpack(images.as_tensor())
+
+    def _refuse_sizes(self, side_B2: np.ndarray) -> None:
+        low, high = _SIDES_PX
+        reasons = {
+            int(row): f"{side_B2[row, 1]}x{side_B2[row, 0]} pixels, expected {low} to {high} a side"
+            for row in np.flatnonzero(((side_B2 < low) | (side_B2 > high)).any(1))
+        }
+        if reasons:
+            raise self._undecodable(reasons)
+
+    def _undecodable(self, reasons: dict[int, str]) -> UndecodableError:
+        return UndecodableError(self._name_of(self._next, next(iter(reasons))), reasons)
 
     def _arrays(self, i: int) -> tuple:
         try:
@@ -156,14 +184,42 @@ class Decoder:
         changes = chain.from_iterable(change.values() for change in augmentation.changes.values())
         return encoded, augmentation.mirror_B, *changes
 
-    def _explain(self, i: int, error: RuntimeError) -> DecodeError:
-        """DALI says which operator failed, not which image: find it."""
-        for row, encoded in enumerate(self._source(i)[0]):
-            try:
-                decoded(encoded, self._name_of(i, row))
-            except DecodeError as found:
-                return found
-        return DecodeError(f"the batch that begins with {self._name_of(i, 0)} cannot be decoded: {error}")
+
+@pipeline_def
+def _alone(source: Iterator[list[np.ndarray]], device: str) -> Any:
+    encoded = fn.external_source(source, batch=True, dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB), fn.peek_image_shape(encoded)
+
+
+def _reasons(encoded: list[np.ndarray], device_id: int | None) -> dict[int, str]:
+    """Which of the images cannot be decoded, and why: DALI names the operator that failed, not the image."""
+    reasons: dict[int, str] = {}
+    row = 0
+    while row < len(encoded):
+        pipeline = _alone(
+            iter([[image] for image in encoded[row:]]),
+            "cpu" if device_id is None else "mixed",
+            batch_size=1,
+            num_threads=1,
+            device_id=device_id,
+            prefetch_queue_depth=1,
+        )
+        try:
+            while row < len(encoded):
+                pipeline.run()
+                row += 1
+        except RuntimeError as error:  # after which a pipeline is of no more use
+            reasons[row] = _reason(encoded[row], error)
+            row += 1
+    return reasons
+
+
+def _reason(encoded: np.ndarray, error: RuntimeError) -> str:
+    try:
+        decoded(encoded, "")
+    except DecodeError as found:
+        return found.reason
+    return str(error).strip().splitlines()[-1]
 
 
 def decode_all(

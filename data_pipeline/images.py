@@ -9,7 +9,11 @@ from PIL import Image, UnidentifiedImageError
 
 
 class DecodeError(ValueError):
-    """An image that cannot be decoded; names it."""
+    """An image that cannot be decoded: its `name` and the `reason`."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be decoded: {reason}; remove or repair it")
+        self.name, self.reason = name, reason
 
 
 def decoded(encoded: np.ndarray, name: str) -> Image.Image:
@@ -24,4 +28,4 @@ def decoded(encoded: np.ndarray, name: str) -> Image.Image:
         reason = str(error)
     else:
         return image
-    raise DecodeError(f"{name} cannot be decoded: {reason}; remove or repair it")
+    raise DecodeError(name, reason)

@@ -6,7 +6,8 @@ accumulation micro-batches m, and each of those over the W ranks:
     t * G                                                    (t + 1) * G
     | m = 0: rank 0 | rank 1 | ... | rank W-1 | m = 1: rank 0 | ... |
 
-so that the samples of a step are the same on any number of ranks.
+so that the samples of a step are the same on any number of ranks. A sample whose record cannot be read or
+decoded is replaced by another of its step; see `quarantine`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from data_pipeline import augment, order
 from data_pipeline.catalog import Catalog
 from data_pipeline.config import DataConfig
-from data_pipeline.decode import Decoder, EncodedBatch
+from data_pipeline.decode import Decoder, EncodedBatch, UndecodableError
+from data_pipeline.quarantine import Quarantine, QuarantineError, substitutes
+from data_pipeline.recordio import RecordError
 
 
 class Batch(NamedTuple):
@@ -63,7 +66,8 @@ class Share(NamedTuple):
 class Loader:
     """Iterates once, without end, over this rank's micro-batches, from the first of `first_step` on.
 
-    `device_id` is the GPU's number, None for the CPU; `ranks_on_node` divides the node's cores.
+    `device_id` is the GPU's number, None for the CPU; `ranks_on_node` divides the node's cores. Bad records
+    go to `quarantine`, which raises QuarantineError when they are too many.
     """
 
     def __init__(
@@ -76,32 +80,54 @@ class Loader:
         first_step: int,
         ranks_on_node: int,
         device_id: int | None,
+        quarantine: Quarantine,
     ) -> None:
         self._config, self._catalog, self._share, self._seed = config, catalog, share, seed
-        self._first = self._next = first_step * share.accumulation
-        self._decoder = Decoder(
-            self._encoded,
-            self._name_of,
-            batch_size=share.micro_batch,
-            image_size=config.image_size,
-            threads=config.threads or default_threads(ranks_on_node),
-            prefetch_batches=config.prefetch_batches,
-            device_id=device_id,
-            changes=config.augment,
-            hw_decoder_load=config.hw_decoder_load,
+        self._blocks = config.shuffle_blocks()
+        self._threads = config.threads or default_threads(ranks_on_node)
+        self._device_id = device_id
+        self._quarantine = quarantine
+        self._next = self._asked = first_step * share.accumulation
+        self._chosen: dict[int, np.ndarray] = {}  # records of the micro-batches that are being decoded
+        self._decoder = self._new_decoder()
+
+    def _new_decoder(self) -> Decoder:
+        first = self._next
+        return Decoder(
+            lambda i: self._encoded(first + i),
+            lambda i, row: self._catalog.name_of(int(self._chosen[first + i][row])),
+            batch_size=self._share.micro_batch,
+            image_size=self._config.image_size,
+            threads=self._threads,
+            prefetch_batches=self._config.prefetch_batches,
+            device_id=self._device_id,
+            changes=self._config.augment,
+            hw_decoder_load=self._config.hw_decoder_load,
         )
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        images_BCHW = next(self._decoder)
+        images_BCHW = self._decoded()
+        record_B = self._chosen.pop(self._next)
         sample_B = self._share.samples(self._next)
         self._next += 1
-        label_B = torch.from_numpy(self._catalog.label_N[self._records(sample_B)])
+        label_B = torch.from_numpy(self._catalog.label_N[record_B])
         return Batch(
             images_BCHW, label_B.to(images_BCHW.device, non_blocking=True), torch.from_numpy(sample_B)
         )
+
+    def _decoded(self) -> torch.Tensor:
+        while True:
+            try:
+                return next(self._decoder)
+            except UndecodableError as error:
+                record_B = self._chosen[self._next]
+                for row, reason in error.reasons.items():
+                    self._exclude(record_B[row], reason)
+                # Asks once more for this micro-batch and those after it, now without these records.
+                self._decoder = self._new_decoder()
 
     def labels_of_step(self, step: int) -> torch.Tensor:
         """Labels int64 [global batch] of all samples of a step, those of the other ranks too."""
@@ -110,16 +136,47 @@ class Loader:
         return torch.from_numpy(self._catalog.label_N[self._records(sample_N)])
 
     def _records(self, sample_B: np.ndarray) -> np.ndarray:
-        return order.record_of(self._seed, sample_B, len(self._catalog))
+        return order.record_of(self._seed, sample_B, len(self._catalog), self._blocks)
 
     def _encoded(self, i: int) -> EncodedBatch:
-        sample_B = self._share.samples(self._first + i)
-        images = [self._catalog.image(record) for record in self._records(sample_B)]
+        sample_B = self._share.samples(i)
+        if i >= self._asked:
+            self._asked = i + 1
+            self._quarantine.count_seen(len(sample_B))
+        record_B, images = self._records(sample_B), []
+        for row, record in enumerate(record_B):
+            image = self._readable(record)
+            if image is None:
+                record_B[row], image = self._substitute(int(sample_B[row]))
+            images.append(image)
+        self._chosen[i] = record_B
         return images, augment.of_samples(self._config.augment, self._seed, sample_B)
 
-    def _name_of(self, i: int, row: int) -> str:
-        sample = self._share.samples(self._first + i)[row]
-        return f"{self._catalog.name_of(self._records(np.array([sample]))[0])} (sample {sample})"
+    def _readable(self, record: np.int64) -> np.ndarray | None:
+        """The record's encoded image; None if it is in quarantine, now or already."""
+        if int(record) in self._quarantine:
+            return None
+        try:
+            image = self._catalog.image(int(record))
+        except RecordError as error:
+            self._exclude(record, str(error))
+            return None
+        if not len(image):
+            self._exclude(record, "0 bytes")
+            return None
+        return image
+
+    def _substitute(self, sample: int) -> tuple[np.int64, np.ndarray]:
+        """Another record of the sample's step, and its image."""
+        for other in substitutes(sample, self._share.global_batch):
+            record = self._records(np.array([other]))[0]
+            image = self._readable(record)
+            if image is not None:
+                return record, image
+        raise QuarantineError(f"no sample of step {sample // self._share.global_batch} can be read")
+
+    def _exclude(self, record: np.int64, reason: str) -> None:
+        self._quarantine.add(int(record), self._catalog.bad(int(record), reason))
 
 
 def default_threads(ranks_on_node: int) -> int:

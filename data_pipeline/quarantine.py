@@ -42,13 +42,17 @@ class Quarantine:
         self._path, self._max_share = path, max_share
         self._found: dict[int, BadRecord] = {}
         self._seen = 0
-        self._listed = _listed(path)
+        self._before = set() if path is None else _lines(path)  # of an earlier life of the run
 
     def __len__(self) -> int:
         return len(self._found)
 
     def __contains__(self, record: int) -> bool:
         return record in self._found
+
+    def listed(self) -> int:
+        """Bad records that the processes of the run have listed so far."""
+        return len(self) if self._path is None else len(_lines(self._path))
 
     def count_seen(self, samples: int) -> None:
         """Take note that so many more samples have been asked for."""
@@ -58,7 +62,7 @@ class Quarantine:
         """Leave a record out from now on. Raises QuarantineError if that is one too many."""
         self._found[record] = bad
         line = json.dumps(bad._asdict()) + "\n"
-        if self._path is not None and line not in self._listed:
+        if self._path is not None and line not in self._before:
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(handle, line.encode())
@@ -70,7 +74,9 @@ class Quarantine:
                 f"{len(self._found)} of the first {self._seen} samples cannot be read or decoded, more than "
                 f"data.max_bad_share = {self._max_share:g} bears. Copy the dataset anew, run `lgaf data "
                 "validate` on it, or raise the share. The first ten:\n"
-                + "\n".join(f"  {one.file}: key {one.key} at byte {one.offset}: {one.reason}" for one in first)
+                + "\n".join(
+                    f"  {one.file}: key {one.key} at byte {one.offset}: {one.reason}" for one in first
+                )
             )
 
 
@@ -84,8 +90,7 @@ def substitutes(sample: int, global_batch: int) -> Iterator[int]:
         yield start + (sample - start + i) % global_batch
 
 
-def _listed(path: Path | None) -> set[str]:
-    """The lines that an earlier life of the run has written."""
-    if path is None or not path.is_file():
+def _lines(path: Path) -> set[str]:
+    if not path.is_file():
         return set()
     return set(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True))

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "data.path",
     "data.threads",
     "data.prefetch_batches",
+    "data.max_bad_share",
     "engine.zero_stage",
     "checkpoint",
     "evaluation",

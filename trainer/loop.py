@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.loader import Loader, Share
+from data_pipeline.quarantine import Quarantine
 from partial_fc.head import PartialFC
 from trainer import backbones, checkpoint
 from trainer.config import RunConfig, differences, micro_batch
@@ -34,6 +35,8 @@ from trainer.records import Records
 from trainer.results import conclude
 from trainer.schedule import learning_rate
 from trainer.step import Outcome, seed_dropout, train_step
+
+QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def run(config: RunConfig, ranks: Ranks) -> None:
@@ -154,6 +157,8 @@ class _Training:
         self.config, self.ranks, self.share, self.catalog, self.pairs = config, ranks, share, catalog, pairs
         self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
         self.metrics = Metrics()
+        self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
+        self.bad_records = self.quarantine.listed()
         self.skips_in_a_row = 0
         self.skipped: set[int] = set()  # since the last look
         self.results: dict[str, VerificationResult] = {}
@@ -235,6 +240,7 @@ class _Training:
             first_step=first_step,
             ranks_on_node=self.ranks.placement.local_world_size,
             device_id=self.ranks.device_id,
+            quarantine=self.quarantine,
         )
 
     def _look(self, pace: Pace) -> None:
@@ -257,7 +263,11 @@ class _Training:
                 )
         self.skipped.clear()
         step, loss, rate = span.steps[-1]
-        self.metrics.looked(loss, samples_per_s, span.data_wait_s * len(span.steps))
+        bad_records = self.quarantine.listed()
+        if bad_records > self.bad_records:
+            self.bad_records = bad_records
+            self.display.say(f"{bad_records} bad records so far: {self.config.run_dir / QUARANTINE_FILE}")
+        self.metrics.looked(loss, samples_per_s, span.data_wait_s * len(span.steps), bad_records)
         self.display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
 
     def _save(self, step: int) -> None:

@@ -31,6 +31,9 @@ class Metrics:
         self._wait = Counter(
             "lgaf_data_wait_seconds", "Time this process waited for decoded images", registry=registry
         )
+        self._bad = Gauge(
+            "lgaf_bad_records", "Records that could not be read or decoded, of all ranks", registry=registry
+        )
         self._step_s = Histogram(
             "lgaf_step_seconds", "Duration of a training step", registry=registry, buckets=_STEP_BUCKETS_S
         )
@@ -53,11 +56,12 @@ class Metrics:
         """Count a step, already counted as done, that moved nothing."""
         self._skipped.inc()
 
-    def looked(self, loss: float, samples_per_s: float, data_wait_s: float) -> None:
+    def looked(self, loss: float, samples_per_s: float, data_wait_s: float, bad_records: int) -> None:
         """Take over what was seen when the losses were last fetched."""
         self._loss.set(loss)
         self._speed.set(samples_per_s)
         self._wait.inc(data_wait_s)
+        self._bad.set(bad_records)
 
 
 def serve(metrics: Metrics, config: MetricsConfig) -> None:

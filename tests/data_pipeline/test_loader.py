@@ -19,6 +19,7 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import Decoder, decode_all
 from data_pipeline.images import DecodeError
 from data_pipeline.loader import Loader, Share
+from data_pipeline.quarantine import Quarantine
 
 SEED = 5
 # Between two JPEG libraries; with the same one there is no difference at all.
@@ -36,7 +37,16 @@ def loader(folder, share, *, first_step=0, changes=ALL_CHANGES, image_size=48, t
         prefetch_batches=prefetch_batches,
     )
     catalog = open_catalog(folder)
-    return Loader(config, catalog, share, seed=SEED, first_step=first_step, ranks_on_node=1, device_id=None)
+    return Loader(
+        config,
+        catalog,
+        share,
+        seed=SEED,
+        first_step=first_step,
+        ranks_on_node=1,
+        device_id=None,
+        quarantine=Quarantine(None, 0.0),
+    )
 
 
 def pixels_of(encoded):
@@ -148,25 +158,6 @@ def test_images_are_resized_to_the_configured_size(dataset):
     assert images.shape == (4, 3, 32, 32)
 
 
-@pytest.mark.parametrize("prefetch_batches", [1, 3])
-def test_an_undecodable_image_is_named_after_the_batches_before_it(
-    tmp_path, write_records, jpeg, prefetch_batches
-):
-    bad = int(order.record_of(SEED, np.array([9]), 12)[0])
-    records = [(100 + i, 0.0, b"no image at all" if i == bad else jpeg(i)) for i in range(12)]
-    batches = loader(write_records(tmp_path, records), Share(0, 1, 2, 2), prefetch_batches=prefetch_batches)
-    assert len(list(itertools.islice(batches, 4))) == 4
-    message = rf"train.rec: key {100 + bad} at byte \d+ \(sample 9\) cannot be decoded: .*b'no image'; remove"
-    with pytest.raises(DecodeError, match=message):
-        next(batches)
-
-
-def test_a_cut_image_is_undecodable(tmp_path, write_records, jpeg):
-    folder = write_records(tmp_path, [(1, 0.0, jpeg(0)[:600]), (2, 0.0, jpeg(1))])
-    with pytest.raises(DecodeError, match=r"train.rec: key 1 at byte 0 .*cannot be decoded"):
-        next(loader(folder, Share(0, 1, 2, 2)))
-
-
 @pytest.mark.parametrize("error", [ValueError("no such bytes"), OSError("gone"), RuntimeError("not DALI's")])
 @pytest.mark.parametrize("prefetch_batches", [1, 3])
 def test_an_error_of_the_source_ends_the_iteration_as_it_is(jpeg, error, prefetch_batches):
@@ -188,17 +179,6 @@ def test_an_error_of_the_source_ends_the_iteration_as_it_is(jpeg, error, prefetc
     with pytest.raises(type(error)) as raised:
         list(decoder)
     assert raised.value is error
-
-
-def test_a_damaged_record_of_several_parts_ends_the_loader_with_its_name(tmp_path, write_records, jpeg):
-    magic = b"\x0a\x23\xd7\xce"
-    folder = write_records(tmp_path, [(1, 0.0, b"head" + magic + b"tail"), (2, 0.0, jpeg(0))])
-    batches = loader(folder, Share(0, 1, 2, 2))
-    data = bytearray((folder / "train.rec").read_bytes())
-    data[36:40] = b"\0\0\0\0"  # the second part's magic, after the catalog was made
-    (folder / "train.rec").write_bytes(data)
-    with pytest.raises(ValueError, match=r"train.rec: no RecordIO frame at byte 36"):
-        next(batches)
 
 
 def test_decode_all_keeps_the_order_and_takes_any_rest(jpeg):
@@ -224,12 +204,22 @@ from pathlib import Path
 from data_pipeline.catalog import open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, Share
+from data_pipeline.quarantine import Quarantine
 
 folder = Path(sys.argv[1])
 changes = {name: {"probability": 0.5} for name in ("crop", "motion_blur", "low_resolution", "jpeg")}
 config = DataConfig(path=folder, prefetch_batches=4, threads=3, augment=changes)
 share = Share(0, 1, 4, 4)
-batches = Loader(config, open_catalog(folder), share, seed=0, first_step=0, ranks_on_node=1, device_id=None)
+batches = Loader(
+    config,
+    open_catalog(folder),
+    share,
+    seed=0,
+    first_step=0,
+    ranks_on_node=1,
+    device_id=None,
+    quarantine=Quarantine(None, 0.0),
+)
 """
 ENDINGS = {
     "before the first batch": "sys.exit(7)",

@@ -264,29 +264,42 @@ def test_two_verification_files_of_one_name(straight, faces):
     assert "expected different names; rename one" in done.stderr
 
 
-def test_a_rank_that_cannot_decode_ends_the_job_with_one_message(faces, tmp_path):
+def test_a_bad_image_is_listed_and_the_run_goes_on(faces, tmp_path):
+    broken, run_dir = tmp_path / "broken", tmp_path / "run"
+    (key,) = copy_with_broken_images(faces, broken, 1)
+    done = run(*train_words(run_dir, broken, *OPTIONS), ranks=2, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in lines} == {key}
+    assert f"1 bad records so far: {run_dir / 'quarantine.jsonl'}" in done.stderr
+
+
+def test_too_many_bad_images_end_the_job_with_one_message(faces, tmp_path):
     broken = tmp_path / "broken"
-    key = copy_with_a_broken_image(faces, broken)
+    keys = copy_with_broken_images(faces, broken, 30)
     done = run(*train_words(tmp_path / "run", broken, *OPTIONS), ranks=2, timeout_s=120)
     assert done.returncode != 0
-    message = rf"lgaf: rank [01]: .*train\.rec: key {key} at byte \d+ \(sample \d+\) cannot be decoded: .*"
-    assert len(re.findall(message, done.stderr)) == 1, done.stderr
+    said = re.findall(r"lgaf: rank [01]: 11 of the first \d+ samples cannot be read or decoded", done.stderr)
+    assert len(said) == 1, done.stderr
     assert done.stderr.count("lgaf: rank") == 1, done.stderr
+    named = re.findall(r"^  .*train\.rec: key (\d+) at byte \d+: ", done.stderr, re.MULTILINE)
+    assert len(named) == 10
+    assert set(map(int, named)) <= set(keys)
 
 
-def copy_with_a_broken_image(faces, folder):
-    """The same dataset with one image that begins like a JPEG and is none; returns its key."""
+def copy_with_broken_images(faces, folder, count):
+    """The same dataset, `count` of whose images begin like a JPEG and are none; returns their keys."""
     _, offset_N = recordio.read_index(faces / "train.idx")
     data = (faces / "train.rec").read_bytes()
-    broken = len(offset_N) // 3
+    broken = set(range(20, 20 + count))
     with InsightFaceWriter(folder, size=112) as writer:
         for number, (start, end) in enumerate(zip(offset_N, [*offset_N[1:], len(data)], strict=True)):
             record = recordio.unpack(recordio.join_frames(data[start:end], "", start), "")
             if not record.is_meta:
-                image = record.image[:60] if number == broken else record.image
+                image = record.image[:60] if number in broken else record.image
                 writer.add(image, record.labels if len(record.labels) > 1 else record.labels[0])
     shutil.copy(faces / "held_out.bin", folder)
-    return broken + 1
+    return [number + 1 for number in broken]
 
 
 @pytest.mark.parametrize(
