@@ -1,229 +1,152 @@
 """A dataset as arrays: where the bytes of every image lie, and whose image it is.
 
-    catalog = open_catalog(folder)
+    catalog = open_catalog(folder)                 or several folders, whose classes are then numbered through
     catalog.label_N[i], catalog.image(i)
 
-The headers of all records are read in one vectorised pass; records without an image (InsightFace's meta
-records) are left out; everything that would make training wrong in general fails here, before a step.
-Images are read from the file's memory map, so nothing but the arrays is held.
+    files     what the folder is (`CONTAINERS`), and the names, sizes and times of its files
+    arrays    from the cache if these are the same as when it was written; else one pass over the files,
+              by one process of a node while the others wait, into the cache
+    checks    of what `property` and the configuration say, which may change without the files
+
+The arrays are memory-mapped: opening costs milliseconds, and the processes of a node share one copy. What
+would make training wrong in general fails here, before a step; a single damaged record stays in, and says
+what is wrong with it when it is asked for its image.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zlib
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import recordio
+from data_pipeline import catalog_cache, image_folder, recordio_folder
+from data_pipeline.byte_ranges import ByteRanges
+from data_pipeline.container import COLUMNS, FILE, Container, DatasetError, FileTable, Records
 from data_pipeline.quarantine import BadRecord
+from data_pipeline.recordio import RecordError
+from data_pipeline.terminal import progress_bar
 
-# Frame header, image header, and the first entry of an array label.
-_HEAD_BYTES = recordio.FRAME_HEADER.size + recordio.IMAGE_HEADER.size + 4
-_RECORDS_AT_ONCE = 1 << 18
-_HEAD = np.dtype(
-    {
-        "names": ["magic", "word", "flag", "label", "first_label"],
-        "formats": ["<u4", "<u4", "<u4", "<f4", "<f4"],
-        "offsets": [0, 4, 8, 12, 32],
-        "itemsize": _HEAD_BYTES,
-    }
-)
+__all__ = ["Catalog", "DatasetError", "RecordError", "open_catalog", "read_property"]
 
+# In the order in which a folder is asked; images come last, as any sub-folder could hold some.
+CONTAINERS: dict[str, Container] = {"recordio": recordio_folder, "images": image_folder}
 
-class DatasetError(ValueError):
-    """The dataset as a whole cannot be trained on; names the file, what was expected and what to do."""
+_FORMAT = 1
+_HIDDEN = ".lgaf_catalog"
+# Up to so many damaged records, or this share, a dataset is used without them.
+_MOST_DAMAGED, _DAMAGED_SHARE = 10, 0.01
+_NAMED = 10
 
 
-@dataclass(frozen=True)
+class Dataset(NamedTuple):
+    """One folder: its container's name in CONTAINERS, and its files."""
+
+    container: str
+    files: FileTable
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.files.folder
+
+
 class Catalog:
-    """The N images of a dataset.
+    """The N images of a dataset, or of several.
 
-    `offset_N`, `length_N` (bytes, frames included), `label_N` and `key_N` are int64; labels are in
-    [0, num_classes).
+    `file_N` and `length_N` (bytes) are int32, `offset_N`, `label_N` and `key_N` int64, labels are in
+    [0, num_classes); `damaged_D` are the numbers of the records that cannot be read, ascending int64.
     """
 
-    rec_path: Path
-    data: np.memmap
-    offset_N: np.ndarray
-    length_N: np.ndarray
-    label_N: np.ndarray
-    key_N: np.ndarray
-    num_classes: int
+    def __init__(
+        self, datasets: Sequence[Dataset], records: Records, num_classes: int, labels_crc32: int
+    ) -> None:
+        self.datasets, self.num_classes = tuple(datasets), num_classes
+        self.label_N, self.key_N, self.damaged_D = records.label_N, records.key_N, records.damaged_D
+        self.file_N, self.offset_N, self.length_N = records.file_N, records.offset_N, records.length_N
+        self._labels_crc32 = labels_crc32
+        self._bytes = ByteRanges([dataset.files for dataset in datasets])
+        self._first_file = [0, *accumulate(len(dataset.files) for dataset in datasets)]
+        self._containers = [CONTAINERS[dataset.container] for dataset in datasets]
 
     def __len__(self) -> int:
-        return len(self.offset_N)
+        return len(self.label_N)
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, int]:
         """What tells one dataset from another, wherever it lies."""
-        labels = zlib.crc32(self.label_N.tobytes())
-        return {"images": len(self), "classes": self.num_classes, "labels_crc32": labels}
+        return {"images": len(self), "classes": self.num_classes, "labels_crc32": self._labels_crc32}
 
     def image(self, record: int) -> np.ndarray:
-        """The encoded image of one record: uint8, a view of the file unless the record has several parts."""
-        start, length = int(self.offset_N[record]), int(self.length_N[record])
-        span = self.data[start : start + length]
-        _, word, flag = np.frombuffer(span[:12], "<u4")
-        if word >> 29 == recordio.WHOLE:
-            head = recordio.FRAME_HEADER.size + recordio.IMAGE_HEADER.size + 4 * int(flag)
-            return span[head : recordio.FRAME_HEADER.size + (int(word) & recordio.MAX_LENGTH)]
-        payload = recordio.join_frames(span.data, str(self.rec_path), start)
-        return np.frombuffer(recordio.unpack(payload, self.name_of(record)).image, np.uint8)
+        """The encoded image of one record, uint8.
+
+        Raises RecordError, naming file, key, offset and reason, if the record is damaged; DatasetError if its
+        file has changed, or is gone.
+        """
+        file, offset = int(self.file_N[record]), int(self.offset_N[record])
+        span = self._bytes.read(file, offset, int(self.length_N[record]))
+        container = self._containers[0 if len(self._containers) == 1 else self._dataset_of(file)]
+        try:
+            return container.image_of(span, "", offset)
+        except RecordError as error:
+            raise RecordError(f"{self.name_of(record)}{error}") from error
+
+    def damage(self, count: int) -> list[str]:
+        """What is wrong with the first `count` damaged records."""
+        reasons = []
+        for record in self.damaged_D[:count].tolist():
+            try:
+                self.image(record)
+            except RecordError as error:
+                reasons.append(str(error))
+        return reasons
 
     def name_of(self, record: int) -> str:
         """How messages call a record: file, key and offset."""
-        return f"{self.rec_path}: key {self.key_N[record]} at byte {self.offset_N[record]}"
+        where = self._bytes.name(int(self.file_N[record]))
+        return f"{where}: key {self.key_N[record]} at byte {self.offset_N[record]}"
 
     def bad(self, record: int, reason: str) -> BadRecord:
-        """The record's place, for the quarantine's list."""
-        return BadRecord(str(self.rec_path), int(self.key_N[record]), int(self.offset_N[record]), reason)
+        """The record's place, for the quarantine's list; `reason` may begin with its name."""
+        return BadRecord(
+            self._bytes.name(int(self.file_N[record])),
+            int(self.key_N[record]),
+            int(self.offset_N[record]),
+            reason.removeprefix(self.name_of(record)).lstrip(": "),
+        )
+
+    def _dataset_of(self, file: int) -> int:
+        return int(np.searchsorted(self._first_file, file, side="right")) - 1
 
 
-def open_catalog(folder: Path, num_classes: int | None = None) -> Catalog:
-    """The catalog of an InsightFace folder (train.rec, train.idx, optionally property).
+def open_catalog(
+    path: Path | Sequence[Path], num_classes: int | None = None, catalog_dir: Path | None = None
+) -> Catalog:
+    """The catalog of the dataset in a folder; of several, the classes of each follow those of the one before.
 
-    `num_classes` overrides what `property` says. Raises DatasetError or RecordError if files are missing,
-    do not match each other, are truncated, are not RecordIO, or hold labels outside the classes.
+    `num_classes` overrides what `property` says. `catalog_dir` is where catalogs are kept, by default in a
+    hidden folder of the (first) dataset, or in the user's cache if that cannot be written.
+
+    Raises DatasetError or RecordError if files are missing, do not match each other, are truncated, are of
+    another format, hold labels outside the classes, or if more than a few records are damaged.
     """
-    rec_path, idx_path = _dataset_files(folder)
-    data = np.memmap(rec_path, np.uint8, "r")
-    key_N, offset_N = recordio.read_index(idx_path)
-    length_N = np.diff(offset_N, append=len(data))
-    _check_offsets(rec_path, idx_path, key_N, offset_N, len(data))
-    label_N, has_image_N = _read_heads(rec_path, data, key_N, offset_N, length_N)
-    if not has_image_N.any():
-        raise DatasetError(f"{rec_path}: none of its {len(key_N)} records holds an image")
-    offset_N, length_N, key_N = offset_N[has_image_N], length_N[has_image_N], key_N[has_image_N]
-    label_N = _whole_labels(rec_path, label_N[has_image_N], key_N, offset_N)
-    classes = _count_classes(folder, rec_path, label_N, key_N, num_classes)
-    return Catalog(rec_path, data, offset_N, length_N, label_N, key_N, classes)
-
-
-def _dataset_files(folder: Path) -> tuple[Path, Path]:
-    rec_path, idx_path = folder / "train.rec", folder / "train.idx"
-    if not rec_path.is_file():
-        raise DatasetError(
-            f"no dataset at {folder}: expected {rec_path}; "
-            "set data.path to an InsightFace folder, or write one with `lgaf data synth` or `lgaf data pack`"
-        )
-    if not idx_path.is_file():
-        raise DatasetError(
-            f"{idx_path} is missing: it lists where the records of train.rec begin; "
-            "copy it from where train.rec came from"
-        )
-    if rec_path.stat().st_size < recordio.FRAME_HEADER.size:
-        raise DatasetError(
-            f"{rec_path}: {rec_path.stat().st_size} bytes, too short for one record; copy it anew"
-        )
-    return rec_path, idx_path
-
-
-def _check_offsets(
-    rec_path: Path, idx_path: Path, key_N: np.ndarray, offset_N: np.ndarray, size_bytes: int
-) -> None:
-    if offset_N[-1] >= size_bytes:
-        raise DatasetError(
-            f"{rec_path} ends at byte {size_bytes}, but {idx_path.name} lists key {key_N[-1]} at byte "
-            f"{offset_N[-1]}: train.rec is truncated or belongs to another index; copy both anew"
-        )
-    twice = np.flatnonzero(np.diff(offset_N) == 0)
-    if len(twice):
-        raise DatasetError(
-            f"{idx_path}: keys {key_N[twice[0]]} and {key_N[twice[0] + 1]} "
-            f"both lie at byte {offset_N[twice[0]]}"
-        )
-    first = int(np.frombuffer(np.memmap(rec_path, np.uint8, "r", shape=(4,)), "<u4")[0])
-    if first != recordio.MAGIC:
-        raise DatasetError(
-            f"{rec_path} is not RecordIO: it begins with 0x{first:08x}, expected 0x{recordio.MAGIC:08x}"
-        )
-    if offset_N[0] != 0:
-        raise DatasetError(
-            _mismatch(rec_path, idx_path.name, 0, f"its first record lies at byte {offset_N[0]}")
-        )
-
-
-def _mismatch(rec_path: Path, idx_name: str, at: int, found: str) -> str:
-    return (
-        f"{rec_path} and {idx_name} do not match at byte {at}: {found}; "
-        "they come from different datasets or one is damaged; copy both anew"
+    folders = [path] if isinstance(path, Path) else list(path)
+    datasets = [_dataset_in(folder) for folder in folders]
+    arrays, facts = catalog_cache.open_or_build(
+        _places(folders[0], catalog_dir),
+        _cache_name(folders),
+        _signature(datasets),
+        lambda: _build(datasets),
     )
-
-
-def _read_heads(
-    rec_path: Path, data: np.memmap, key_N: np.ndarray, offset_N: np.ndarray, length_N: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Label (float64, still unchecked) and presence of an image, for every record of the index."""
-    label_N = np.empty(len(key_N), np.float64)
-    has_image_N = np.empty(len(key_N), bool)
-    within = np.arange(_HEAD_BYTES)
-    for start in range(0, len(key_N), _RECORDS_AT_ONCE):
-        part = slice(start, start + _RECORDS_AT_ONCE)
-        # A record at the very end may be shorter than a head: the bytes read twice there are never used.
-        byte_NB = np.minimum(offset_N[part, None] + within, len(data) - 1)
-        head_N = np.ascontiguousarray(data[byte_NB]).view(_HEAD)[:, 0]
-        payload_N = (head_N["word"] & recordio.MAX_LENGTH).astype(np.int64)
-        whole_N = head_N["word"] >> 29 == recordio.WHOLE
-        filled_N = recordio.FRAME_HEADER.size + (payload_N + 3 & ~3) == length_N[part]
-        label_N[part] = np.where(head_N["flag"] > 0, head_N["first_label"], head_N["label"])
-        labels_end_N = recordio.IMAGE_HEADER.size + 4 * head_N["flag"].astype(np.int64)
-        has_image_N[part] = payload_N > labels_end_N
-        plain_N = (head_N["magic"] == recordio.MAGIC) & whole_N & filled_N & (payload_N >= labels_end_N)
-        for i in start + np.flatnonzero(~plain_N):
-            label_N[i], has_image_N[i] = _read_slowly(rec_path, data, key_N[i], offset_N[i], length_N[i])
-    return label_N, has_image_N
-
-
-def _read_slowly(
-    rec_path: Path, data: np.memmap, key: np.int64, offset: np.int64, length: np.int64
-) -> tuple[float, bool]:
-    """A record of several parts; or one that is not what the index says, which raises."""
-    where = f"{rec_path} (key {key} of train.idx)"
-    span = data[int(offset) : int(offset + length)].data
-    try:
-        record = recordio.unpack(recordio.join_frames(span, where, int(offset)), where)
-    except recordio.RecordError as error:
-        if offset + length == len(data):
-            raise
-        raise DatasetError(_mismatch(rec_path, "train.idx", int(offset), f"key {key}: {error}")) from error
-    return record.labels[0] if record.labels else 0.0, not record.is_meta
-
-
-def _whole_labels(rec_path: Path, label_N: np.ndarray, key_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-    """Labels as int64; they are stored as float32, in which only whole numbers up to 2^24 are exact."""
-    with np.errstate(invalid="ignore"):
-        bad_N = ~((label_N >= 0) & (label_N <= recordio.FLOAT32_EXACT) & (label_N == np.floor(label_N)))
-    if bad_N.any():
-        i = int(np.argmax(bad_N))
-        raise DatasetError(
-            f"{rec_path}: key {key_N[i]} at byte {offset_N[i]} has label {label_N[i]}, "
-            f"expected a whole number from 0 to {recordio.FLOAT32_EXACT} ({int(bad_N.sum())} such records)"
-        )
-    return label_N.astype(np.int64)
-
-
-def _count_classes(
-    folder: Path, rec_path: Path, label_N: np.ndarray, key_N: np.ndarray, num_classes: int | None
-) -> int:
-    largest = int(np.argmax(label_N))
-    found = f"{rec_path}: key {key_N[largest]} has label {label_N[largest]}"
-    if num_classes is not None:
-        if label_N[largest] >= num_classes:
-            raise DatasetError(
-                f"{found}, outside the {num_classes} classes of data.num_classes (0 to {num_classes - 1}); "
-                f"set it to at least {label_N[largest] + 1}"
-            )
-        return num_classes
-    said = read_property(folder)
-    if said is not None and said[0] != label_N[largest] + 1:
-        raise DatasetError(
-            f"{folder / 'property'} says {said[0]} classes, but {found}, the largest, so there are "
-            f"{label_N[largest] + 1}; correct `property`, or set data.num_classes to say which is meant"
-        )
-    return int(label_N[largest]) + 1
+    catalog = Catalog(datasets, Records(**arrays), facts["classes"], facts["labels_crc32"])
+    _check_classes(catalog, facts["largest"], num_classes)
+    catalog.num_classes = num_classes or catalog.num_classes
+    return catalog
 
 
 def read_property(folder: Path) -> tuple[int, int, int] | None:
@@ -239,3 +162,118 @@ def read_property(folder: Path) -> tuple[int, int, int] | None:
     if len(fields) != 3 or not all(field.isdecimal() for field in fields):
         raise DatasetError(f"{path}: first line is {lines[0][:60]!r}, expected 'classes,height,width'")
     return int(fields[0]), int(fields[1]), int(fields[2])
+
+
+def _dataset_in(folder: Path) -> Dataset:
+    for name, container in CONTAINERS.items():
+        files = container.list_files(folder)
+        if files is not None:
+            return Dataset(name, files)
+    raise DatasetError(
+        f"no dataset at {folder}: expected {folder}/train.rec, other .rec files, or a sub-folder of images "
+        f"for each identity, found {_contents(folder)}; set data.path to an InsightFace folder or "
+        "one of images, or write one with `lgaf data synth` or `lgaf data pack`"
+    )
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing in it"
+
+
+def _places(folder: Path, catalog_dir: Path | None) -> list[Path]:
+    """Where catalogs of a folder may be kept, the best place first; shared places have a folder for each."""
+    where = folder.resolve()
+    own = f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    if catalog_dir is not None:
+        return [catalog_dir / own]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [folder / _HIDDEN, user_cache / "lgaf" / own]
+
+
+def _cache_name(folders: Sequence[Path]) -> str:
+    """The same for the same folders wherever they are mounted together."""
+    others = [os.path.relpath(folder, folders[0]) for folder in folders[1:]]
+    return f"union-{hashlib.sha256(os.fsencode(str(others))).hexdigest()[:8]}" if others else "catalog"
+
+
+def _signature(datasets: Sequence[Dataset]) -> str:
+    digest = hashlib.sha256(f"format {_FORMAT}".encode())
+    for container, files in datasets:
+        digest.update(container.encode() + files.signature())
+    return digest.hexdigest()
+
+
+def _build(datasets: Sequence[Dataset]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
+    """The columns of all datasets, a piece for each; and what is known of them."""
+    parts: list[Records] = []
+    files = classes = records = labels_crc32 = 0
+    largest: list[int] = []
+    for dataset in datasets:
+        with progress_bar(f"reading {dataset.folder}", counts_bytes=True) as progress:
+            part = CONTAINERS[dataset.container].read_records(dataset.files, progress)
+        _refuse_damage(dataset, part)
+        _refuse_changed(dataset)
+        at = int(np.argmax(part.label_N))
+        largest.append(records + at)
+        shifted = part._replace(
+            file_N=(part.file_N + files).astype(FILE, copy=False),
+            label_N=part.label_N + classes,
+            damaged_D=part.damaged_D + records,
+        )
+        files, records, classes = (
+            files + len(dataset.files),
+            records + len(part.label_N),
+            int(shifted.label_N[at]) + 1,
+        )
+        labels_crc32 = zlib.crc32(shifted.label_N.data, labels_crc32)
+        parts.append(shifted)
+    columns = {
+        name: [piece.astype(dtype, copy=False) for piece in pieces]
+        for (name, dtype), pieces in zip(COLUMNS.items(), zip(*parts, strict=True), strict=True)
+    }
+    return columns, {"classes": classes, "labels_crc32": labels_crc32, "largest": largest}
+
+
+def _refuse_damage(dataset: Dataset, records: Records) -> None:
+    damaged, total = len(records.damaged_D), len(records.label_N)
+    if damaged <= max(_MOST_DAMAGED, _DAMAGED_SHARE * total):
+        return
+    reasons = Catalog([dataset], records, 0, 0).damage(_NAMED)
+    raise DatasetError(
+        f"{dataset.folder}: {damaged} of {total} records are damaged, more than {_DAMAGED_SHARE:.0%}; copy "
+        "it anew. The first:\n" + "\n".join(reasons)
+    )
+
+
+def _refuse_changed(dataset: Dataset) -> None:
+    now = CONTAINERS[dataset.container].list_files(dataset.folder)
+    if now is None or now.signature() != dataset.files.signature():
+        raise DatasetError(
+            f"{dataset.folder} has changed while its catalog was being made: start again when it is complete"
+        )
+
+
+def _check_classes(catalog: Catalog, largest: Sequence[int], num_classes: int | None) -> None:
+    """`largest` are the records with the largest label of each dataset."""
+    if num_classes is not None:
+        label = catalog.label_N[largest[-1]]
+        if label >= num_classes:
+            raise DatasetError(
+                f"{catalog.name_of(largest[-1])} has label {label}, outside the {num_classes} classes of "
+                f"data.num_classes (0 to {num_classes - 1}); set it to at least {label + 1}"
+            )
+        return
+    before = 0
+    for dataset, record in zip(catalog.datasets, largest, strict=True):
+        label = int(catalog.label_N[record]) - before
+        said = read_property(dataset.folder)
+        if said is not None and said[0] != label + 1:
+            raise DatasetError(
+                f"{dataset.folder / 'property'} says {said[0]} classes, but {catalog.name_of(record)} has "
+                f"label {label}, the largest, so there are {label + 1}; correct `property`, or set "
+                "data.num_classes to say which is meant"
+            )
+        before += label + 1

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from pydantic import BaseModel, Field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline import inspection, packing, settings, synthetic_set
 from data_pipeline.catalog import Catalog, open_catalog, read_property
 from data_pipeline.config import AugmentConfig
 from data_pipeline.synthetic import SynthConfig
+from data_pipeline.terminal import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Make, pack and inspect face datasets (InsightFace's format).")
 
 _SAMPLE = 256
 _SHEET = {"classes": 8, "images": 10, "size": 112}
-_REFRESH_S = 0.1
+_FILES_NAMED = 6
+_DAMAGE_NAMED = 5
 
 
 class _AugmentData(BaseModel):
@@ -73,7 +72,7 @@ def synth(
     """
     wanted = settings.load(SynthConfig, config, overrides or [])
     start = time.monotonic()
-    with _progress("painting") as progress:
+    with progress_bar("painting") as progress:
         is_new = synthetic_set.write_set(folder, wanted, progress)
     if not is_new:
         typer.echo(f"{folder} holds this set already; nothing to do")
@@ -88,8 +87,14 @@ def synth(
 
 @app.command()
 def inspect(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder with train.rec and train.idx.", show_default=False)
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="Folder with .rec files, or with a sub-folder of images per identity; of several, the "
+            "classes are numbered through.",
+            show_default=False,
+        ),
     ],
     sheet: Annotated[
         Path, typer.Option(metavar="PNG", help="Where to write the contact sheet; replaces a file there.")
@@ -105,8 +110,8 @@ def inspect(
 ) -> None:
     """Say what a dataset holds, and draw a contact sheet of some of its classes with their labels."""
     changes = None if augment is None else settings.load(_AugmentFile, augment).data.augment
-    catalog = open_catalog(folder)
-    for name, value in _facts(folder, catalog):
+    catalog = open_catalog(folders)
+    for name, value in _facts(catalog):
         typer.echo(f"{name:<18}{value}")
     sheet.parent.mkdir(parents=True, exist_ok=True)
     inspection.contact_sheet(catalog, **_SHEET, augmentation=changes).save(sheet, "PNG")
@@ -136,7 +141,7 @@ def pack(
 
     Images are cropped to their central square and resized; a JPEG of the right size is kept as it is.
     """
-    with _progress("packing") as progress:
+    with progress_bar("packing") as progress:
         done = packing.pack_folder(
             folder, out, size=size, quality=quality, hold_out=hold_out, progress=progress
         )
@@ -147,39 +152,25 @@ def pack(
     )
 
 
-def _facts(folder: Path, catalog: Catalog) -> Iterator[tuple[str, str]]:
+def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:
     count_C = np.bincount(catalog.label_N, minlength=catalog.num_classes)
-    said = read_property(folder)
     yield "images", f"{len(catalog)} (keys {catalog.key_N.min()} to {catalog.key_N.max()})"
-    yield "train.rec", f"{catalog.rec_path.stat().st_size / 1e6:.1f} MB"
+    for dataset in catalog.datasets:
+        files = dataset.files
+        names = ", ".join(files.name(i) for i in range(min(len(files), _FILES_NAMED)))
+        more = f" and {len(files) - _FILES_NAMED} more" if len(files) > _FILES_NAMED else ""
+        yield "files", f"{names}{more} in {dataset.folder}, {files.size_F.sum() / 1e6:.1f} MB"
+        said = read_property(dataset.folder)
+        yield "property", "none" if said is None else f"{said[0]} classes, {said[1]}x{said[2]} pixels"
     yield "classes", f"{catalog.num_classes}"
-    yield "property", "none" if said is None else f"{said[0]} classes, {said[1]}x{said[2]} pixels"
     yield "labels", f"{catalog.label_N.min()} to {catalog.label_N.max()}"
     yield (
         "images per class",
         f"{count_C.min()} to {count_C.max()}, median {np.median(count_C):g}, {(count_C == 0).sum()} without",
     )
+    yield "damaged records", f"{len(catalog.damaged_D)}"
+    for reason in catalog.damage(_DAMAGE_NAMED):
+        yield "", reason
     kinds = inspection.image_kinds(catalog, _SAMPLE)
     shares = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
     yield "image sizes", f"{shares} in a sample of {kinds.total()}"
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback for (done, total) that moves a bar on stderr; on a terminal only.
-
-    It draws in the caller's thread, since a process with threads cannot be forked safely.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        latest = 0.0
-
-        def move(done: int, total: int) -> None:
-            nonlocal latest
-            is_due = time.monotonic() - latest > _REFRESH_S or done == total
-            latest = time.monotonic() if is_due else latest
-            bar.update(task, completed=done, total=total, refresh=is_due)
-
-        yield move

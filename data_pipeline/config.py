@@ -121,7 +121,16 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path = Field(description="folder with train.rec, train.idx and, where it exists, property")
+    path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
+        description="folder with .rec files as InsightFace and others publish them (train.rec, train.idx, "
+        "property...), or with one sub-folder of images per identity; of a list of folders, the classes of "
+        "each follow those of the one before"
+    )
+    catalog_dir: Path | None = Field(
+        None,
+        description="where to keep the catalogs that say where every image lies; by default in a hidden "
+        "folder of the (first) dataset, or in ~/.cache/lgaf where that cannot be written",
+    )
     num_classes: int | None = Field(
         None,
         ge=1,
@@ -160,3 +169,8 @@ class DataConfig(BaseModel):
     def shuffle_blocks(self) -> Blocks | None:
         """The block shuffle that is asked for; None for the full shuffle."""
         return None if self.shuffle_block == 1 else Blocks(self.shuffle_block, self.shuffle_window)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all datasets."""
+        return [self.path] if isinstance(self.path, Path) else self.path

@@ -17,13 +17,14 @@ _CAPTION_PX = 12
 
 
 def image_kinds(catalog: Catalog, sample: int) -> Counter[str]:
-    """How often each format, size and mode ("JPEG 112x112 RGB") occurs in `sample` evenly spread images.
+    """How often each format, size and mode ("JPEG 112x112 RGB") occurs in `sample` evenly spread images,
+    damaged records left out.
 
     Raises DecodeError, naming the record, for an image that cannot be decoded.
     """
     return Counter(
         f"{image.format} {image.width}x{image.height} {image.mode}"
-        for image in (_decoded(catalog, record) for record in _spread(len(catalog), sample))
+        for image in (_decoded(catalog, record) for record in _whole(catalog, _spread(len(catalog), sample)))
     )
 
 
@@ -35,9 +36,10 @@ def contact_sheet(
     Every image is `size` pixels wide and high, with its label below; with `augmentation`, it is changed as
     it might be for training. Raises DecodeError like `image_kinds`.
     """
-    present = np.unique(catalog.label_N)
+    present = np.flatnonzero(np.bincount(catalog.label_N))
     chosen = present[_spread(len(present), classes)].tolist()
-    records = [np.flatnonzero(catalog.label_N == label)[:images].tolist() for label in chosen]
+    of_class = (_whole(catalog, np.flatnonzero(catalog.label_N == label)) for label in chosen)
+    records = [found[:images] for found in of_class]
     pictures: Iterator[Image.Image]
     if augmentation is None:
         pictures = (_decoded(catalog, record).convert("RGB") for record in chain(*records))
@@ -78,6 +80,11 @@ def _augmented(
 def _spread(count: int, wanted: int) -> np.ndarray:
     """At most `wanted` of the numbers below `count`, from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int))
+
+
+def _whole(catalog: Catalog, record_N: np.ndarray) -> list[int]:
+    """Those of the records that are not damaged."""
+    return record_N[~np.isin(record_N, catalog.damaged_D)].tolist()
 
 
 def _decoded(catalog: Catalog, record: int) -> Image.Image:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline import counter
+from data_pipeline.image_folder import listed
 from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.verification import write_pairs
 
@@ -135,27 +135,17 @@ def _require_empty(out: Path) -> None:
 
 def _identities(folder: Path) -> dict[str, list[Path]]:
     """The files of each identity folder, all in natural order; what starts with a dot does not count."""
-    folders = [path for path in _listed(folder) if path.is_dir()] if folder.is_dir() else []
+    folders = [path for path in listed(folder) if path.is_dir()] if folder.is_dir() else []
     if not folders:
         raise ValueError(
             f"{folder}: expected a folder with one sub-folder of images per identity, "
             f"found {'no sub-folder' if folder.is_dir() else 'no such folder'}"
         )
-    files_by_identity = {path.name: _listed(path) for path in folders}
+    files_by_identity = {path.name: listed(path) for path in folders}
     for name, files in files_by_identity.items():
         if not files:
             raise ValueError(f"{folder / name}: expected the images of one identity, found none; remove it")
     return files_by_identity
-
-
-def _listed(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_natural)
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    """Sorts numbers inside names by value: text and numbers take turns, so like meets like."""
-    parts = re.split(r"([0-9]+)", path.name)
-    return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)], path.name
 
 
 def _names_table(files_by_identity: dict[str, list[Path]]) -> str:

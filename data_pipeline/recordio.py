@@ -21,9 +21,12 @@ from types import TracebackType
 
 import numpy as np
 
+from data_pipeline import tables
+
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 FRAME_HEADER = struct.Struct("<II")
+FRAME_AND_FLAG = struct.Struct("<III")
 IMAGE_HEADER = struct.Struct("<IfQQ")
 MAX_LENGTH = (1 << 29) - 1
 WHOLE, START, MIDDLE, END = range(4)
@@ -172,23 +175,13 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises RecordError naming the first line that is not `key<TAB>offset`.
     """
     try:
-        is_empty = path.stat().st_size == 0  # of which loadtxt would warn
-        table = np.empty((0, 0)) if is_empty else np.loadtxt(path, np.int64, delimiter="\t", ndmin=2)
-    except ValueError:
-        table = np.empty((0, 0))
-    if table.ndim != 2 or table.shape[1] != 2 or (table < 0).any():
-        raise RecordError(f"{path}: {_first_bad_index_line(path)}")
-    order = np.argsort(table[:, 1], kind="stable")
-    return table[order, 0], table[order, 1]
-
-
-def _first_bad_index_line(path: Path) -> str:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.strip().split(b"\t")
-            if len(fields) != 2 or not all(f.isdigit() for f in fields):
-                return f"line {number} is {line[:60]!r}, expected 'key<TAB>offset' in whole numbers"
-    return "no records are listed"
+        key_N, offset_N = tables.read_columns(path, 2, "'key<TAB>offset' in whole numbers")
+    except tables.TableError as error:
+        raise RecordError(f"{path}: {error}") from error
+    if (offset_N[1:] >= offset_N[:-1]).all():
+        return key_N, offset_N
+    order = np.argsort(offset_N, kind="stable")
+    return key_N[order], offset_N[order]
 
 
 class RecordWriter:

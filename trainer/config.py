@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "skip_limit",
     "log_every_steps",
     "data.path",
+    "data.catalog_dir",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",
@@ -71,7 +72,8 @@ class EvaluationConfig(Strict):
     """Verification sets, looked at before the first step, during training and after the last."""
 
     sets: list[Path] = Field(
-        [], description="verification files (.bin); a relative one is looked for in data.path"
+        [],
+        description="verification files (.bin); a relative one is looked for in the folders of data.path",
     )
     every_steps: int = Field(2000, ge=1, description="steps between evaluations")
     batch_size: int = Field(64, ge=1, description="images embedded at once, per rank")
@@ -131,7 +133,11 @@ class RunConfig(Strict):
 
     def verification_files(self) -> dict[str, Path]:
         """Name of each verification set -> its file. Raises ValueError if two have one name."""
-        return files_by_name([self.data.path / path for path in self.evaluation.sets])
+        return files_by_name([self._in_data(path) for path in self.evaluation.sets])
+
+    def _in_data(self, path: Path) -> Path:
+        candidates = [folder / path for folder in self.data.folders]
+        return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 
 def load(path: Path, overrides: Sequence[str]) -> RunConfig:

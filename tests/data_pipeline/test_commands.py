@@ -58,14 +58,15 @@ def test_the_demo_s_configuration_is_valid(pytestconfig):
 def test_inspect_says_what_there_is_and_draws_it(dataset, tmp_path):
     said = run("inspect", dataset, "--sheet", tmp_path / "sheets" / "sheet.png")
     facts = {line[:18].strip(): line[18:] for line in said.splitlines()}
-    size_mb = (dataset / "train.rec").stat().st_size / 1e6
+    size_mb = sum((dataset / name).stat().st_size for name in ("train.rec", "train.idx")) / 1e6
     assert facts == {
         "images": "12 (keys 1 to 12)",
-        "train.rec": f"{size_mb:.1f} MB",
+        "files": f"train.idx, train.rec in {dataset}, {size_mb:.1f} MB",
         "classes": "3",
         "property": "3 classes, 48x48 pixels",
         "labels": "0 to 2",
         "images per class": "4 to 4, median 4, 0 without",
+        "damaged records": "0",
         "image sizes": "JPEG 48x48 RGB (12) in a sample of 12",
         "contact sheet": str(tmp_path / "sheets" / "sheet.png"),
     }

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -148,8 +149,10 @@ def test_a_record_that_breaks_while_training_is_replaced(tmp_path, write_records
     at = int(catalog.offset_N[record_of(4)])
     at = data.index(magic, at + 8)  # the second part's
     data[at : at + 4] = bytes(4)
-    with open(folder / "train.rec", "r+b") as file:  # in place, as a failing disk would
+    was = (folder / "train.rec").stat()
+    with open(folder / "train.rec", "r+b") as file:
         file.write(data)
+    os.utime(folder / "train.rec", ns=(was.st_atime_ns, was.st_mtime_ns))  # as a failing disk would
     quarantine = Quarantine(None, 0.0)
     loader = Loader(
         DataConfig(path=folder, image_size=48, threads=1),

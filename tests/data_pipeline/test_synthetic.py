@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_what_is_drawn_is_what_it_was():

@@ -1,0 +1,105 @@
+"""What a container (RecordIO folder, folder of images, tar shards...) tells the catalog.
+
+A container is a module with three functions:
+
+    list_files(folder) -> FileTable | None     the files that decide it; None if it is another kind of folder
+    read_records(files, progress) -> Records   where every image lies and whose it is; one pass
+    image_of(span, where, offset) -> uint8     the encoded image in a record's bytes; RecordError if damaged
+
+`progress(done, total)` counts bytes. Errors of the dataset as a whole are DatasetErrors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+Progress = Callable[[int, int], None]
+
+
+class DatasetError(ValueError):
+    """The dataset as a whole cannot be trained on; names the file, what was expected and what to do."""
+
+
+class Records(NamedTuple):
+    """The N images of a dataset, in the order of their files and of their bytes there.
+
+    `file_N` int32 is the number of the file in the dataset's FileTable, `offset_N` int64 and `length_N` int32
+    the record's bytes in it, `label_N` int64 the class, `key_N` int64 what the container calls the record.
+    `damaged_D` int64 are the numbers of the records that cannot be read, ascending.
+    """
+
+    file_N: np.ndarray
+    offset_N: np.ndarray
+    length_N: np.ndarray
+    label_N: np.ndarray
+    key_N: np.ndarray
+    damaged_D: np.ndarray
+
+
+FILE, OFFSET, LENGTH, LABEL, KEY = map(np.dtype, ("<i4", "<i8", "<i4", "<i8", "<i8"))
+COLUMNS = dict(zip(Records._fields, (FILE, OFFSET, LENGTH, LABEL, KEY, OFFSET), strict=True))
+
+
+@dataclass(frozen=True)
+class FileTable:
+    """Files of one folder, with what tells whether they are still the same; holds no object per file.
+
+    `names` are paths relative to the folder, a zero byte after each; `size_F` and `mtime_F` (ns) int64.
+    """
+
+    folder: Path
+    names: bytes
+    size_F: np.ndarray
+    mtime_F: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.size_F)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.flatnonzero(np.frombuffer(self.names, np.uint8) == 0)
+
+    def name(self, file: int) -> str:
+        """The path of a file relative to the folder."""
+        start = int(self._ends[file - 1]) + 1 if file else 0
+        return os.fsdecode(self.names[start : int(self._ends[file])])
+
+    def path(self, file: int) -> Path:
+        """The path of a file."""
+        return self.folder / self.name(file)
+
+    def signature(self) -> bytes:
+        """Changes when a file comes, goes, is renamed, resized or written; not with the folder's place."""
+        digest = hashlib.sha256(self.names)
+        digest.update(self.size_F.tobytes())
+        digest.update(self.mtime_F.tobytes())
+        return digest.digest()
+
+
+def table_of(folder: Path, names: Iterable[str]) -> FileTable:
+    """The FileTable of some files in `folder`."""
+    blob, numbers = bytearray(), []
+    for name in names:
+        found = os.stat(folder / name)
+        blob += os.fsencode(name) + b"\0"
+        numbers.append((found.st_size, found.st_mtime_ns))
+    size_F, mtime_F = np.array(numbers, np.int64).reshape(-1, 2).T.copy()
+    return FileTable(folder, bytes(blob), size_F, mtime_F)
+
+
+class Container(Protocol):
+    """The module of a container, as described above."""
+
+    def list_files(self, folder: Path) -> FileTable | None: ...
+
+    def read_records(self, files: FileTable, progress: Progress) -> Records: ...
+
+    def image_of(self, span: bytes, where: str, offset: int) -> np.ndarray: ...
