@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from pydantic import BaseModel, Field
 
-from data_pipeline import inspection, packing, settings, synthetic_set
+from data_pipeline import conversion, inspection, packing, settings, synthetic_set
 from data_pipeline.catalog import Catalog, open_catalog, read_property
 from data_pipeline.config import AugmentConfig
 from data_pipeline.synthetic import SynthConfig
 from data_pipeline.terminal import progress_bar
 
-app = typer.Typer(no_args_is_help=True, help="Make, pack and inspect face datasets (InsightFace's format).")
+app = typer.Typer(no_args_is_help=True, help="Make, pack, convert and inspect face datasets.")
 
 _SAMPLE = 256
 _SHEET = {"classes": 8, "images": 10, "size": 112}
@@ -118,38 +118,79 @@ def inspect(
     typer.echo(f"{'contact sheet':<18}{sheet}")
 
 
+_SHARD_SAMPLES = typer.Option(min=1, help="Images in each tar shard.")
+
+
 @app.command()
 def pack(
-    folder: Annotated[
+    source: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="One sub-folder of images for each identity.", show_default=False
+            metavar="SOURCE",
+            help="A folder with one sub-folder of images for each identity; or a list of images.",
+            show_default=False,
         ),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Where to write; a new or empty folder.", show_default=False)
     ],
+    form: Annotated[
+        packing.Format, typer.Option("--format", help="RecordIO (train.rec) or WebDataset's tar shards.")
+    ] = "rec",
     size: Annotated[int, typer.Option(min=16, help="Width and height of the stored images, pixels.")] = 112,
     quality: Annotated[int, typer.Option(min=1, max=95, help="JPEG quality of the stored images.")] = 95,
     hold_out: Annotated[
         int, typer.Option(min=0, help="Identities, the last ones, to verify on instead of training on them.")
     ] = 0,
+    shard_samples: Annotated[int, _SHARD_SAMPLES] = 10_000,
 ) -> None:
-    """Pack a folder of images into train.rec, train.idx and property; identities.tsv names the classes.
+    """Pack images into train.rec, train.idx and property, or into shards train-000000.tar, ...
 
+    Of a folder the sub-folders are the classes, which identities.tsv names.
     With --hold-out, held_out.bin gets pairs of images of the people held out.
+
+    A list has the lines path<TAB>label, or path,label if its name ends in .csv; a first line may name the
+    columns. Labels that float32 cannot hold go into train.labels.npy.
 
     Images are cropped to their central square and resized; a JPEG of the right size is kept as it is.
     """
+    is_list = source.is_file()
+    if is_list and hold_out:
+        raise ValueError(f"{source}: --hold-out {hold_out} needs a folder of identities, found a list")
     with progress_bar("packing") as progress:
-        done = packing.pack_folder(
-            folder, out, size=size, quality=quality, hold_out=hold_out, progress=progress
-        )
+        how: dict[str, Any] = {"form": form, "size": size, "quality": quality, "shard_samples": shard_samples}
+        if is_list:
+            done = packing.pack_list(source, out, progress=progress, **how)
+        else:
+            done = packing.pack_folder(source, out, hold_out=hold_out, progress=progress, **how)
     typer.echo(
         f"{out}: {done.images} images of {done.identities} identities, {done.image_bytes / 1e6:.1f} MB "
         f"({done.kept_images} kept as they were)"
         + (f"; {done.pairs} pairs of {hold_out} others" if hold_out else "")
     )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Folder with train.rec and train.idx, or with *.tar.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Where to write the other format.", show_default=False)
+    ],
+    shard_samples: Annotated[int, _SHARD_SAMPLES] = 10_000,
+) -> None:
+    """Convert RecordIO to WebDataset's tar shards, or shards to RecordIO; images stay byte for byte.
+
+    Killed on its way to shards, the same command goes on after the last whole one; on its way to RecordIO it
+    begins anew. Other files, as verification sets, are not copied.
+    """
+    with progress_bar("converting") as progress:
+        images, there = conversion.convert(source, out, shard_samples=shard_samples, progress=progress)
+    typer.echo(f"{out}: {images} images" + (f", {there} of them there before" if there else ""))
 
 
 def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:

@@ -6,14 +6,23 @@
 
 `train.rec` holds the records in this order, `train.idx` their offsets, `property` the line "C,height,width".
 Labels are float32, and so are the keys above, which bounds N+1+C.
+
+Where the labels come in any order, or there are more of them, the layout is that of im2rec, in which the
+large sets are published: keys 0..N-1, the images, and no other records. Labels that float32 cannot hold stand
+as NaN there, which no reader takes for a class, and all labels as whole numbers in a sidecar.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from array import array
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
+from data_pipeline.labels_sidecar import write_labels
 from data_pipeline.recordio import FLOAT32_EXACT, RecordWriter, pack
 
 
@@ -94,6 +103,51 @@ class InsightFaceWriter:
         self._records.write(0, pack((end, end + len(ends)), 0, b""))
         for key, span in enumerate(zip(self._first_keys, ends, strict=True), end):
             self._records.write(key, pack(span, key, b""))
+
+
+class FlatWriter:
+    """Writes a dataset in im2rec's layout into `folder`, whose files appear together when all is written.
+
+    Used as a context manager: leaving it by an exception removes what was written. `image_size` is what
+    `property` says of the images, (height, width) in pixels.
+    """
+
+    def __init__(self, folder: Path, *, image_size: tuple[int, int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._image_size = image_size
+        self._labels = array("q")
+        self._records = RecordWriter(folder / "train.rec")
+
+    def add(self, image: bytes, label: int) -> None:
+        """Append an encoded image. Raises ValueError if it is empty, or its label not in [0, 2^63)."""
+        if not image or not 0 <= label < 1 << 63:
+            raise ValueError(
+                f"image {len(self._labels)}: expected an image and a label from 0 to 2^63 - 1, "
+                f"found {len(image)} bytes and label {label}"
+            )
+        key = len(self._labels)
+        self._records.write(key, pack(float(label) if label <= FLOAT32_EXACT else math.nan, key, image))
+        self._labels.append(label)
+
+    def __enter__(self) -> FlatWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._records.__exit__(kind, error, trace)
+            return
+        # The records get their names last: an index is there only with all that belongs to it.
+        with self._records:
+            if not self._labels:
+                raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
+            label_N = np.frombuffer(self._labels, np.int64)
+            if label_N.max() > FLOAT32_EXACT:
+                write_labels(self._folder / "train.rec", np.arange(len(label_N)), label_N)
+            height, width = self._image_size
+            _write_through(self._folder / "property", f"{label_N.max() + 1},{height},{width}\n")
 
 
 def _write_through(path: Path, text: str) -> None:

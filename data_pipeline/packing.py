@@ -1,32 +1,47 @@
-"""A folder of images with one sub-folder per identity becomes an InsightFace dataset.
+"""Image files become a dataset, in RecordIO or in tar shards.
 
-The sub-folders, in natural order (s2 before s10), are the classes 0, 1, 2, ... Each image is cropped to its
-central square, resized, and stored as a colour JPEG; a JPEG of the right size is stored byte for byte.
-`identities.tsv` keeps the names of the classes.
+The images come as a folder with one sub-folder per identity: the sub-folders, in natural order (s2 before
+s10), are the classes 0, 1, 2, ..., and `identities.tsv` keeps their names. Or as a list, one line for each
+image with its path and its class, in any order.
 
-The last few identities may be held out: they are not packed, and `held_out.bin` asks of pairs of their images
-whether they show one person. A network that never saw these people is to answer.
+Each image is cropped to its central square, resized, and stored as a colour JPEG; a JPEG of the right size is
+stored byte for byte. All cores work at this, and the images are written in order.
+
+The last few identities of a folder may be held out: they are not packed, and `held_out.bin` asks of pairs of
+their images whether they show one person. A network that never saw these people is to answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Callable
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline import counter
 from data_pipeline.image_folder import listed
-from data_pipeline.insightface import InsightFaceWriter
+from data_pipeline.insightface import FlatWriter, InsightFaceWriter
+from data_pipeline.parallel import in_order
+from data_pipeline.staging import staged
+from data_pipeline.tarshards import ShardWriter
 from data_pipeline.verification import write_pairs
+
+Format = Literal["rec", "tar"]
+Progress = Callable[[int, int], None]
 
 _PAIR_STREAM = 32
 # As many as in the published sets (LFW has 6,000 pairs, CFP-FP 7,000).
 _MOST_PAIRS = 6000
+_AT_ONCE = 16  # images a process encodes between two messages
 
 
 @dataclass(frozen=True)
@@ -41,40 +56,138 @@ class PackSummary:
     pairs: int = 0
 
 
+class _Writer(Protocol):
+    def add(self, image: bytes, label: int, /) -> None: ...
+
+
 def pack_folder(
     folder: Path,
     out: Path,
     *,
+    form: Format = "rec",
     size: int = 112,
     quality: int = 95,
     hold_out: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    shard_samples: int = 10_000,
+    progress: Progress | None = None,
 ) -> PackSummary:
-    """Pack the images of `folder` into `out`: train.rec, train.idx, property, identities.tsv.
+    """Pack the images of `folder` into `out`: train.rec, train.idx and property, or shards; identities.tsv.
 
     `size` is the stored width and height in pixels, `quality` that of the JPEGs (1 to 95); the last
-    `hold_out` identities go into held_out.bin instead. After every image `progress` is called with the
-    number of images done and of all images.
+    `hold_out` identities go into held_out.bin instead; a shard gets `shard_samples` images. `progress` is
+    called after every image with the number of images done and of all images.
 
     Raises ValueError if `out` is not empty, if `folder` has no identity folders or an empty one, if too few
-    are held out or left, or, naming the file, if an image cannot be read; then nothing has appeared in `out`.
+    are held out or left, or, naming the file, if an image cannot be read; OSError if the disk is full. Then
+    nothing has appeared in `out`.
     """
-    _require_empty(out)
     files_by_identity, held_out = _split(folder, _identities(folder), hold_out)
+    items = ((file, i) for i, files in enumerate(files_by_identity.values()) for file in files)
     total = sum(map(len, files_by_identity.values()))
+    with staged(out) as partial:
+        writer = (
+            InsightFaceWriter(partial, size=size)
+            if form == "rec"
+            else ShardWriter(partial, samples=shard_samples)
+        )
+        stored = _store(items, total, writer, size, quality, progress)
+        (partial / "identities.tsv").write_text(
+            _names_table(files_by_identity), encoding="utf-8", errors="surrogateescape"
+        )
+        pairs = _write_held_out(partial / "held_out.bin", held_out, size, quality)
+    return PackSummary(out, len(files_by_identity), *stored, pairs)
+
+
+def pack_list(
+    listed: Path,
+    out: Path,
+    *,
+    form: Format = "rec",
+    size: int = 112,
+    quality: int = 95,
+    shard_samples: int = 10_000,
+    progress: Progress | None = None,
+) -> PackSummary:
+    """Pack the images that the file `listed` names, in its order, each with its class, into `out`.
+
+    The lines are `path<TAB>label`, or with a comma if the file's name ends in .csv; a first line that names
+    the columns `path` and `label` may put them in other places. Paths start from the file's folder. The rest
+    is as in `pack_folder`; labels that float32 cannot hold go into a sidecar of whole numbers.
+
+    Raises ValueError, naming the line, if one is not like this; else as `pack_folder` does.
+    """
+    # Once to find what is wrong before anything is written, and once to write.
+    label_N = np.frombuffer(array("q", (label for _, label in _rows(listed))), np.int64)
+    if not len(label_N):
+        raise ValueError(f"{listed}: expected lines 'path<TAB>label', found none")
+    with staged(out) as partial:
+        writer = (
+            FlatWriter(partial, image_size=(size, size))
+            if form == "rec"
+            else ShardWriter(partial, samples=shard_samples)
+        )
+        stored = _store(_rows(listed), len(label_N), writer, size, quality, progress)
+    return PackSummary(out, len(np.unique(label_N)), *stored)
+
+
+def _store(
+    items: Iterable[tuple[Path, int]],
+    total: int,
+    writer: AbstractContextManager[_Writer],
+    size: int,
+    quality: int,
+    progress: Progress | None,
+) -> tuple[int, int, int]:
+    """Write all (file, label); how many images, how many kept as they were, how many bytes."""
     done = kept = stored_bytes = 0
-    with InsightFaceWriter(out, size=size) as writer:
-        for identity, files in enumerate(files_by_identity.values()):
-            for file in files:
-                image, is_original = _jpeg(file, size, quality)
-                writer.add(image, float(identity))
+    items = iter(items)
+    chunks = iter(lambda: list(itertools.islice(items, _AT_ONCE)), [])
+    with (
+        writer as opened,
+        contextlib.closing(in_order(_encoded, ((chunk, size, quality) for chunk in chunks))) as results,
+    ):
+        for result in results:
+            for image, label, is_original in result:
+                opened.add(image, label)
                 done, kept, stored_bytes = done + 1, kept + is_original, stored_bytes + len(image)
                 if progress is not None:
                     progress(done, total)
-        writer.add_text("identities.tsv", _names_table(files_by_identity))
-        # Last in the block, whose failure leaves nothing behind.
-        pairs = _write_held_out(out / "held_out.bin", held_out, size, quality)
-    return PackSummary(out, len(files_by_identity), done, kept, stored_bytes, pairs)
+    return done, kept, stored_bytes
+
+
+def _encoded(chunk: list[tuple[Path, int]], size: int, quality: int) -> list[tuple[bytes, int, bool]]:
+    """What is stored of each (file, label), the label, and whether the bytes are the file's own."""
+    encoded = []
+    for file, label in chunk:
+        image, is_original = _jpeg(file, size, quality)
+        encoded.append((image, label, is_original))
+    return encoded
+
+
+def _rows(listed: Path) -> Iterator[tuple[Path, int]]:
+    """File and label of every line of a list."""
+    delimiter = "," if listed.suffix.lower() == ".csv" else "\t"
+    wanted = "path,label" if delimiter == "," else "path<TAB>label"
+    with open(listed, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.reader(file, delimiter=delimiter)
+        path_at, label_at, width = 0, 1, 2
+        try:
+            for row in table:
+                if table.line_num == 1 and {"path", "label"} <= set(row):
+                    path_at, label_at, width = row.index("path"), row.index("label"), len(row)
+                    continue
+                if not row:
+                    continue
+                label = row[label_at].strip() if len(row) == width else ""
+                is_whole = label.isascii() and label.isdigit() and len(label) < 20
+                if not is_whole or int(label) >= 1 << 63 or not row[path_at]:
+                    raise ValueError(
+                        f"{listed}: line {table.line_num} is {delimiter.join(row)[:80]!r}, expected "
+                        f"'{wanted}', the label a whole number from 0; correct it"
+                    )
+                yield listed.parent / row[path_at], int(label)
+        except csv.Error as error:
+            raise ValueError(f"{listed}: line {table.line_num} is no table row: {error}") from error
 
 
 def _split(
@@ -122,15 +235,6 @@ def _pairs_of(count_I: list[int]) -> tuple[np.ndarray, np.ndarray]:
     each = min(len(genuine_Q2), len(impostor_Q2), _MOST_PAIRS // 2)
     image_P2 = np.stack([genuine_Q2[order_Q[:each]], impostor_Q2[:each]], axis=1).reshape(-1, 2)
     return image_P2.ravel(), np.tile([True, False], each)
-
-
-def _require_empty(out: Path) -> None:
-    if not out.exists():
-        return
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if names or not out.is_dir():
-        found = f"{len(names)} entries ({', '.join(names[:5])})" if names else "a file"
-        raise ValueError(f"{out}: expected an empty folder to pack into, found {found}; choose another name")
 
 
 def _identities(folder: Path) -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ Source: the writer and reader of dmlc-core (recordio.h) and MXNet (recordio.py),
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -208,14 +209,16 @@ class RecordWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for file in (self._rec, self._idx):
-                if kind is None:
+            if kind is None:
+                for file in (self._rec, self._idx):
                     file.flush()
                     os.fsync(file.fileno())
-                file.close()
-            if kind is None:
                 for partial, final in zip(self._partials, self._finals, strict=True):
                     os.replace(partial, final)
         finally:
+            for written in (self._rec, self._idx):
+                # What a full disk kept from being written would be tried again, and fail again, on closing.
+                with contextlib.suppress(OSError):
+                    written.close()
             for partial in self._partials:
                 partial.unlink(missing_ok=True)

@@ -14,15 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import ctypes
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import IO, get_type_hints
@@ -31,6 +26,7 @@ import numpy as np
 
 from data_pipeline.faces import Nuisances
 from data_pipeline.insightface import InsightFaceWriter
+from data_pipeline.parallel import in_order
 from data_pipeline.synthetic import Picture, SynthConfig, pairs_of, pictures
 from data_pipeline.verification import write_pairs
 
@@ -42,9 +38,6 @@ PAIRS_NUISANCES = "held_out_nuisances.tsv"
 
 _DESCRIPTION = "synth.json"
 _AT_ONCE = 32  # pictures a process paints between two messages
-_AHEAD = 4  # messages per process that may wait to be written
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 _COLUMNS = np.dtype(
     [("key", np.int64), ("identity", np.int64), ("number", np.int64)]
@@ -134,26 +127,13 @@ class _Table:
 def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[Picture]:
     """All pictures of the set in order: those to train on, then those of the pairs."""
     total, done = config.images + 2 * config.pairs, 0
-    processes = config.processes or len(os.sched_getaffinity(0))
-    # Forked: a spawned process first imports all that the caller has, which may be all of PyTorch.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_painter)
-    calls = (pool.submit(pictures, config, *chunk) for chunk in _chunks(config))
-    try:
-        waiting = deque(islice(calls, _AHEAD * processes))
-        while waiting:
-            for picture in waiting.popleft().result():
+    arguments = ((config, *chunk) for chunk in _chunks(config))
+    with contextlib.closing(in_order(pictures, arguments, config.processes)) as results:
+        for result in results:
+            for picture in result:
                 yield picture
                 done += 1
             progress(done, total)
-            waiting.extend(islice(calls, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_painter() -> None:
-    """Ctrl-C is the parent's to handle; a painter whose parent was killed ends as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline import catalog as catalog_module
 from data_pipeline import recordio, recordio_folder
 from data_pipeline.catalog import DatasetError, RecordError, open_catalog
-from data_pipeline.recordio_folder import LABELS_SUFFIX, read_labels, write_labels
+from data_pipeline.labels_sidecar import LABELS_SUFFIX, read_labels, write_labels
 
 MAGIC = recordio.MAGIC_BYTES
 

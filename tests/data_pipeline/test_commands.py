@@ -158,14 +158,32 @@ def test_pack(tmp_path, jpeg):
     assert open_catalog(tmp_path / "out").image(1).tobytes() == jpeg(1)
 
 
-@pytest.mark.parametrize("command", ["synth", "inspect", "pack"])
+def test_pack_a_list_into_shards_and_convert_them(tmp_path, jpeg):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.csv").write_text("1.jpg,0\n1.jpg,1\n1.jpg,2\n")
+    with pytest.raises(ValueError, match=r"list\.csv: --hold-out 2 needs a folder of identities"):
+        run("pack", tmp_path / "list.csv", tmp_path / "out", "--hold-out", 2)
+    said = run("pack", tmp_path / "list.csv", tmp_path / "out", "--format", "tar", "--shard-samples", 2)
+    assert said.startswith(f"{tmp_path / 'out'}: 3 images of 3 identities, ")
+    assert run("convert", tmp_path / "out", tmp_path / "rec") == f"{tmp_path / 'rec'}: 3 images\n"
+    words = ("convert", tmp_path / "rec", tmp_path / "tar", "--shard-samples", 2)
+    assert run(*words) == f"{tmp_path / 'tar'}: 3 images\n"
+    assert run(*words) == f"{tmp_path / 'tar'}: 3 images, 3 of them there before\n"
+    shards = [{path.name: path.read_bytes() for path in (tmp_path / d).iterdir()} for d in ("out", "tar")]
+    assert shards[0] == shards[1]
+
+
+@pytest.mark.parametrize("command", ["synth", "inspect", "pack", "convert"])
 def test_every_option_has_its_help(command):
     said = run(command, "--help")
     parameters = next(c for c in commands.app.registered_commands if c.callback.__name__ == command)
     assert parameters.callback.__doc__.split("\n")[0].split(":")[0] in " ".join(said.split())
-    for option in {"synth": ["--config", "--set", "--help-config"], "inspect": ["--sheet"]}.get(
-        command, ["--size", "--quality"]
-    ):
+    for option in {
+        "synth": ["--config", "--set", "--help-config"],
+        "inspect": ["--sheet"],
+        "pack": ["--format", "--size", "--quality", "--hold-out", "--shard-samples"],
+        "convert": ["--shard-samples"],
+    }[command]:
         assert option in said
 
 

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline import recordio
+from data_pipeline.conversion import convert
 from data_pipeline.insightface import InsightFaceWriter
+from data_pipeline.tarshards import ShardWriter
 
 MAGIC = recordio.MAGIC_BYTES
 
@@ -141,3 +143,20 @@ def test_insightface_s_index_records_lead_mxnet_to_every_image(mxnet_python, tmp
         assert found == images_by_class[identity]
         assert {record_at[k]["labels"][0] for k in keys} == {identity}
     assert [record["id"] for record in seen["in_sequence"]] == [*range(1, 7), 0, *range(7, 10)]
+
+
+def test_mxnet_reads_what_is_converted_from_shards(mxnet_python, tmp_path):
+    samples = [(image, 7 * i % 5) for i, image in enumerate([jpeg(20), *filter(None, images())])]
+    samples += [(jpeg(21), 1 << 24), (jpeg(22), (1 << 24) + 1)]
+    with ShardWriter(tmp_path / "shards", samples=50) as writer:
+        for image, label in samples:
+            writer.add(image, label)
+    convert(tmp_path / "shards", tmp_path / "records")
+    run(mxnet_python, "read", tmp_path / "records")
+    seen = json.loads((tmp_path / "records" / "seen.json").read_text())["by_key"]
+    assert [(bytes.fromhex(record["image"]), record["key"], record["flag"]) for record in seen] == [
+        (image, key, 0) for key, (image, _) in enumerate(samples)
+    ]
+    # The last label is not exact in float32: it stands in the sidecar.
+    np.testing.assert_array_equal([record["labels"] for record in seen[:-1]], [[n] for _, n in samples[:-1]])
+    assert np.isnan(seen[-1]["labels"]).all()

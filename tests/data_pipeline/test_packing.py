@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import recordio
 from data_pipeline.catalog import open_catalog
-from data_pipeline.packing import PackSummary, pack_folder
+from data_pipeline.labels_sidecar import read_labels
+from data_pipeline.packing import PackSummary, pack_folder, pack_list
+from data_pipeline.tarshards import index_shard
 from data_pipeline.verification import read_pairs
 
 
@@ -118,7 +121,7 @@ def test_an_output_folder_with_content_is_refused(people, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "train.rec").write_bytes(b"precious")
-    refused(people, out, r"out: expected an empty folder to pack into, found 1 entries \(train.rec\)")
+    refused(people, out, r"out: expected an empty folder to write into, found 1 entries \(train.rec\)")
     assert (out / "train.rec").read_bytes() == b"precious"
 
 
@@ -154,3 +157,90 @@ def test_a_held_out_image_that_cannot_be_read_leaves_nothing(people, tmp_path):
     with pytest.raises(ValueError, match=r"1\.pgm: expected an image"):
         pack_folder(people, tmp_path / "out", hold_out=2)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def listed(tmp_path, name, text, jpeg, count=4):
+    """A list file beside the pictures 0.jpg, 1.jpg, ..."""
+    for i in range(count):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.txt", "3.jpg\t5\n0.jpg\t0\n\n1.jpg\t5\n"),
+        ("list.csv", "path,label\n3.jpg,5\n0.jpg,0\n1.jpg,5"),
+        ("train.tsv", 'idx\tpath\tlabel\n0\t"3.jpg"\t5\n1\t0.jpg\t0\n2\t1.jpg\t 5\n'),
+    ],
+)
+def test_a_list_is_packed_in_its_order_with_its_labels(tmp_path, jpeg, name, text):
+    done = pack_list(listed(tmp_path, name, text, jpeg), tmp_path / "out", size=48)
+    catalog = open_catalog(tmp_path / "out")
+    assert [catalog.image(i).tobytes() for i in range(3)] == [jpeg(3), jpeg(0), jpeg(1)]
+    assert (catalog.label_N.tolist(), catalog.num_classes) == ([5, 0, 5], 6)
+    assert (done.images, done.identities, done.kept_images) == (3, 2, 3)
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
+        "property",
+        "train.idx",
+        "train.rec",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.tsv", "0.jpg\t0\n1.jpg 1\n", r"l\.tsv: line 2 is '1\.jpg 1', expected 'path<TAB>label'"),
+        ("l.csv", "0.jpg,0\n1.jpg,1,2\n", r"l\.csv: line 2 is '1\.jpg,1,2', expected 'path,label'"),
+        ("l.tsv", "0.jpg\t-1\n", r"line 1 is .*, the label a whole number from 0; correct it"),
+        ("l.tsv", "0.jpg\t1.0\n", r"line 1 is"),
+        ("l.tsv", "0.jpg\t9223372036854775808\n", r"line 1 is"),
+        ("l.tsv", "\t1\n", r"line 1 is"),
+        ("l.tsv", f"{'x' * 200_000}\t1\n", r"line 1 is no table row: field larger than"),
+        ("l.tsv", "", r"l\.tsv: expected lines 'path<TAB>label', found none"),
+        ("l.tsv", "absent.jpg\t1\n", r"absent\.jpg: expected an image, found: .*No such file"),
+    ],
+)
+def test_a_list_that_is_none_is_named_and_leaves_nothing(tmp_path, jpeg, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        pack_list(listed(tmp_path, name, text, jpeg), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_float32_cannot_hold_go_into_a_sidecar(tmp_path, jpeg):
+    labels = [(1 << 24) + 1, 3, (1 << 62) + 1, 1 << 24]
+    text = "".join(f"{i}.jpg\t{label}\n" for i, label in enumerate(labels))
+    pack_list(listed(tmp_path, "l.tsv", text, jpeg), tmp_path / "out", size=48)
+    keys, found = read_labels(tmp_path / "out" / "train.rec")
+    assert (keys.tolist(), found.tolist()) == (list(range(len(labels))), labels)
+    data = (tmp_path / "out" / "train.rec").read_bytes()
+    _, offset_N = recordio.read_index(tmp_path / "out" / "train.idx")
+    spans = zip(offset_N, [*offset_N[1:], len(data)], strict=True)
+    stored = [recordio.unpack(recordio.join_frames(data[a:b], ""), "").labels[0] for a, b in spans]
+    np.testing.assert_array_equal(stored, [np.nan, 3, np.nan, 1 << 24])
+
+
+def test_shards_hold_the_same_images_and_labels_as_records(people, tmp_path):
+    pack_folder(people, tmp_path / "rec", size=64, hold_out=2)
+    done = pack_folder(people, tmp_path / "tar", size=64, hold_out=2, form="tar", shard_samples=1)
+    catalog = open_catalog(tmp_path / "rec")
+    shards = sorted((tmp_path / "tar").glob("*.tar"))
+    assert len(shards) == done.images == 2
+    for i, path in enumerate(shards):
+        offset, length, label = (int(array[0]) for array in index_shard(path))
+        assert path.read_bytes()[offset : offset + length] == catalog.image(i).tobytes()
+        assert label == catalog.label_N[i]
+    for name in ("identities.tsv", "held_out.bin"):
+        assert (tmp_path / "tar" / name).read_bytes() == (tmp_path / "rec" / name).read_bytes()
+
+
+def test_many_images_keep_their_order_over_all_processes(tmp_path):
+    for i in range(75):
+        (tmp_path / "in" / f"{i // 5}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (3 * i, 0, 0)).save(tmp_path / "in" / f"{i // 5}" / f"{i}.png")
+    pack_folder(tmp_path / "in", tmp_path / "out", size=32)
+    catalog = open_catalog(tmp_path / "out")
+    reds = [np.asarray(decoded(catalog, i), int)[..., 0].mean() for i in range(75)]
+    assert np.abs(np.array(reds) - 3 * np.arange(75)).max() < 1.5
+    assert catalog.label_N.tolist() == [i // 5 for i in range(75)]

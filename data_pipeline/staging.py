@@ -1,0 +1,77 @@
+"""A folder that appears when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which gets its name when the block is left without an exception.
+
+    What a killed process left there is removed first.
+
+    Raises ValueError if `out` has content or is being written, and OSError, naming it, if the disk is full.
+    """
+    require_empty(out)
+    out = out.resolve()
+    if out.is_mount():
+        raise ValueError(f"{out}: expected a new folder, found the root of a disk; name a folder in it")
+    partial = out.with_name(f".{out.name}.part")
+    with locked(partial):
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            with naming_full_disks(out):
+                yield partial
+            os.replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_empty(out: Path) -> None:
+    """Raises ValueError if `out` is there and is not an empty folder."""
+    if not out.exists():
+        return
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names or not out.is_dir():
+        found = f"{len(names)} entries ({', '.join(names[:5])})" if names else "a file"
+        raise ValueError(f"{out}: expected an empty folder to write into, found {found}; choose another name")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if it is missing, for this process. Raises ValueError if another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing it; wait for its end") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def naming_full_disks(out: Path) -> Iterator[None]:
+    """Errors for want of space do not say where, nor what became of what was written: say it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free_gb = shutil.disk_usage(out.parent).free / 1e9
+        raise OSError(
+            f"{out}: expected room for a dataset, found none ({error.strerror}; {free_gb:.1f} GB are free "
+            "now); nothing unfinished was left under a final name; free some space, or write elsewhere"
+        ) from error
