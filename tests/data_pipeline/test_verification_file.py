@@ -1,11 +1,13 @@
 """Verification sets: what is written is read, old writers are understood, and hostile files run nothing."""
 
+import copyreg
 import functools
 import importlib
 import operator
 import os
 import pickle
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -171,7 +173,7 @@ NDARRAY, RECONSTRUCT, DTYPE = "cnumpy\nndarray\n", "cnumpy.core.multiarray\n_rec
 ARRAY = RECONSTRUCT + f"({NDARRAY}(I0\ntS'b'\ntR"
 BY_HAND = {
     "python 2 names": ("c__builtin__\neval\n(S'1'\ntR.", r"__builtin__\.eval"),
-    "instance opcode": ("(S'true'\nios\nsystem\n.", r"os\.system"),
+    "instance opcode": ("(S'true'\nios\nsystem\n.", "instruction INST"),
     "object opcode": ("(cos\nsystem\nS'true'\no.", r"os\.system"),
     "stack global": ("\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.", r"os\.system"),
     "attribute of a permitted module": (
@@ -184,16 +186,19 @@ BY_HAND = {
     ),
     "numpy's own way to run text": ("cnumpy.testing._private.utils\nrunstring\n(S'1'\n(dtR.", "runstring"),
     "getattr through copyreg": ("ccopy_reg\n_reconstructor\n(c__builtin__\nobject\nNtR.", "_reconstructor"),
-    "a stand-in changed by a state": (RECONSTRUCT + "(dS'_call'\n" + NDARRAY + "sb.", "change a global"),
-    "a stand-in's slots changed": (RECONSTRUCT + "(N(dS'_call'\n" + NDARRAY + "stb.", "change a global"),
-    "new object of a stand-in": ("\x80\x02" + NDARRAY + ")\x81.", "type"),
-    "persistent id": ("Pos.system\n.", "persistent"),
-    "extension code": ("\x80\x02\x82\xf0.", "extension"),
+    "a dictionary": (RECONSTRUCT + "(dS'_call'\n" + NDARRAY + "sb.", "instruction DICT"),
+    "a global changed by a state": (RECONSTRUCT + "(NNtb.", "a state for Global"),
+    "a list changed by a state": ("]Nb.", "a state for list"),
+    "a call of what is none": ("]]R.", "a call of list"),
+    "a call of a name that makes nothing": (NDARRAY + ")R.", "a call of ndarray"),
+    "new object of a stand-in": ("\x80\x02" + NDARRAY + ")\x81.", "instruction NEWOBJ"),
+    "persistent id": ("Pos.system\n.", "instruction PERSID"),
+    "extension code": ("\x80\x02\x82\xf0.", "instruction EXT1"),
     "codec other than latin1": ("c_codecs\nencode\n(Vimages\nVrot13\ntR.", "encode with 'rot13'"),
-    "codec by default": ("c_codecs\nencode\n(Vimages\ntR.", "argument"),
+    "codec by default": ("c_codecs\nencode\n(Vimages\ntR.", "a call of encode"),
     "codecs by its other name": ("ccodecs\nencode\n(Vimages\nVlatin1\ntR.", r"codecs\.encode"),
     "structured dtype": (DTYPE + "(S'V8'\nI0\nI1\ntR.", r"dtype b'V8'"),
-    "dtype from a list of fields": (DTYPE + "((lp0\n(S'x'\nS'O'\ntatR.", r"dtype \[\(b'x', b'O'\)\]"),
+    "dtype from a list of fields": (DTYPE + "((lp0\n(S'x'\nS'O'\ntatR.", "dtype list"),
     "array without dtype": (ARRAY + "(I1\n(I1\ntNI00\nS'x'\ntb.", "NoneType"),
     "array with objects for bytes": (
         ARRAY + "(I1\n(I1\nt" + DTYPE + "(S'u1'\ntRI00\n(lp0\nI1\natb.",
@@ -216,6 +221,108 @@ def test_a_hostile_file_put_together_by_hand_is_refused(tmp_path, content, compl
         read_pairs(saved(tmp_path, content.encode("latin1")))
     # and it has changed nothing for the next file
     assert_is_the_set(read_pairs(saved(tmp_path, PYTHON_2["protocol 2, arrays"])))
+
+
+def text(words):
+    return b"S'" + words.encode() + b"'\n"
+
+
+TOUCH = "touch {}"
+# Runs the command when its items are asked for.
+MAP = b"cbuiltins\nmap\n(cos\nsystem\n(" + text(TOUCH) + b"lt\x81"
+REAL_EXPLOITS = {
+    "REDUCE": b"cos\nsystem\n(" + text(TOUCH) + b"tR.",
+    "eval": b"cbuiltins\neval\n(" + text('open("{}", "w")') + b"tR.",
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + text(TOUCH) + b"\x85R.",
+    "INST": b"(" + text(TOUCH) + b"ios\nsystem\n.",
+    "OBJ": b"(cos\nsystem\n" + text(TOUCH) + b"o.",
+    "NEWOBJ": b"\x80\x02cbuiltins\ntuple\n" + MAP + b"\x85\x81.",
+    "NEWOBJ_EX": b"\x80\x04cbuiltins\ntuple\n" + MAP + b"\x85}\x92.",
+    "BUILD": b"\x80\x02cfunctools\npartial\ncbuiltins\nprint\n\x85\x81(cos\nsystem\n"
+    + text(TOUCH)
+    + b"\x85}}tb)R.",
+    "EXT1": b"\x80\x02\x82\xf0(" + text(TOUCH) + b"tR.",
+    "copyreg": b"ccopyreg\n_reconstructor\n(cbuiltins\ntuple\ncbuiltins\ntuple\n" + MAP + b"tR.",
+    "importlib": b"cimportlib\nimport_module\n(" + text("os") + b"tRcoperator\nmethodcaller\n("
+    + text("system")
+    + text(TOUCH)
+    + b"tRp0\n0p1\n0g0\n(g1\ntR.",
+    "itself": b"c_pickle\nloads\n(c_codecs\nencode\n(Vcos\\u000asystem\\u000a(S'touch {}'\\u000atR.\n"
+    b"Vlatin1\ntRtR.",
+}  # fmt: skip
+
+
+@pytest.fixture
+def registered_extension():
+    copyreg.add_extension("os", "system", 0xF0)
+    yield
+    copyreg.remove_extension("os", "system", 0xF0)
+    copyreg.clear_extension_cache()
+
+
+@pytest.mark.parametrize("content", REAL_EXPLOITS.values(), ids=REAL_EXPLOITS)
+@pytest.mark.usefixtures("registered_extension")
+def test_what_python_s_unpickler_runs_does_not_run(tmp_path, content):
+    target = tmp_path / "ran"
+    content = content.replace(b"{}", str(target).encode())
+    pickle.loads(content, encoding="latin1")
+    assert target.exists()
+    target.unlink()
+    with pytest.raises(
+        VerificationFileError, match=r"set\.bin: .*forbidden (global|instruction) .*\(byte \d+\)"
+    ):
+        read_pairs(saved(tmp_path, content))
+    assert not target.exists()
+
+
+def test_an_object_array_of_numpy_s_own_format_runs_nothing(tmp_path):
+    target = tmp_path / "ran"
+    array = np.array([Exploit(os.system, f"touch {target}")], dtype=object)
+    np.save(tmp_path / "set.npy", array)
+    np.savez(tmp_path / "set.npz", array)
+    for name in ("set.npy", "set.npz"):
+        with pytest.raises(VerificationFileError, match="expected a pickle"):
+            read_pairs(tmp_path / name)
+    assert not target.exists()
+
+
+HUGE = b"\xff" * 7 + b"\x7f"
+LAUGHS = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+BOMBS = {
+    "LONG4": b"\x80\x02\x8b" + HUGE[4:] + b".",
+    "BINBYTES": b"\x80\x03B\xff\xff\xff\xff.",
+    "BINBYTES8": b"\x80\x04\x8e" + HUGE + b".",
+    "BYTEARRAY8": b"\x80\x05\x96" + HUGE + b".",
+    "BINUNICODE8": b"\x80\x04\x8d" + HUGE + b".",
+    "BINSTRING": b"\x80\x02T" + HUGE[4:] + b".",
+    "FRAME": b"\x80\x04\x95" + HUGE + b"N.",
+    "memo": b"\x80\x02]r" + HUGE[4:] + b".",
+    "memo in digits": b"]p9999999999999\n.",
+    "digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "one text encoded many times": b"V" + b"x" * 100_000 + b"\np0\n"
+    + b"c_codecs\nencode\n(g0\nVlatin1\ntR" * 10_000,
+    "2^60 items as dtype": b"\x80\x02cnumpy\ndtype\n" + LAUGHS + b"\x85R.",
+    "2^60 items as shape": b"\x80\x02" + ARRAY.encode() + LAUGHS + b"cnumpy\ndtype\nU\x02u1\x85RNU\x01xtb.",
+    "2^60 items as key": b"\x80\x02}" + LAUGHS.replace(b"](", b"(").replace(b"e", b"t") + b"Ns.",
+    "2^60 items as image": b"\x80\x02](" + LAUGHS + b"h\x00e](\x88e\x86.",
+    "huge shape": ARRAY.encode() + b"((" + b"K\x02" * 100_000 + b"tcnumpy\ndtype\n(S'u1'\ntRI00\nS'xx'\ntb.",
+    "negative shape": ARRAY.encode() + b"((" + b"J\0\0\0\x80" * 9 + b"K\x01t"
+    + b"cnumpy\ndtype\n(S'u1'\ntRI0\nS'x'\ntb.",
+    "deep lists": b"]" * 100_000 + b"a" * 99_999 + b".",
+    "deep tuples": b")" + b"\x85" * 100_000 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_with_memory_in_proportion_to_the_file(tmp_path, content):
+    path = saved(tmp_path, content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(VerificationFileError, match=r"set\.bin: "):
+            read_pairs(path)
+        assert tracemalloc.get_traced_memory()[1] < 200_000 + 100 * len(content)
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_array_never_filled_is_not_an_image(tmp_path):
@@ -253,7 +360,7 @@ def test_a_file_truncated_anywhere_is_refused(tmp_path):
         (([], []), "at least one pair, found 0 images"),
         ((IMAGES, SAME, SAME), "expected a pair of lists .* found a tuple of 3"),
         (IMAGES, "expected a pair of lists .* found a list of 4"),
-        ({"images": IMAGES}, "expected a pair of lists .* found dict"),
+        ({"images": IMAGES}, "forbidden instruction EMPTY_DICT"),
         (([*IMAGES[:3], 7], SAME), "image 3: expected the bytes of an encoded image, found int"),
         (([*IMAGES[:3], b""], SAME), "image 3: .* found no bytes"),
         ((IMAGES, [True, 2]), "issame 1: expected true or false, found int"),
