@@ -287,7 +287,8 @@ def test_an_object_array_of_numpy_s_own_format_runs_nothing(tmp_path):
 
 
 HUGE = b"\xff" * 7 + b"\x7f"
-LAUGHS = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+# Object 60 is a list of two times object 59, that one of two times object 58...
+LAUGHS = b"\x80\x02(]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"l"
 BOMBS = {
     "LONG4": b"\x80\x02\x8b" + HUGE[4:] + b".",
     "BINBYTES": b"\x80\x03B\xff\xff\xff\xff.",
@@ -301,10 +302,12 @@ BOMBS = {
     "digits": b"L" + b"9" * 1_000_000 + b"L\n.",
     "one text encoded many times": b"V" + b"x" * 100_000 + b"\np0\n"
     + b"c_codecs\nencode\n(g0\nVlatin1\ntR" * 10_000,
-    "2^60 items as dtype": b"\x80\x02cnumpy\ndtype\n" + LAUGHS + b"\x85R.",
-    "2^60 items as shape": b"\x80\x02" + ARRAY.encode() + LAUGHS + b"cnumpy\ndtype\nU\x02u1\x85RNU\x01xtb.",
-    "2^60 items as key": b"\x80\x02}" + LAUGHS.replace(b"](", b"(").replace(b"e", b"t") + b"Ns.",
-    "2^60 items as image": b"\x80\x02](" + LAUGHS + b"h\x00e](\x88e\x86.",
+    "2^60 items as dtype": LAUGHS + b"cnumpy\ndtype\nh\x3c\x85R.",
+    "2^60 items as arguments": LAUGHS + b"cnumpy\ndtype\nh\x3cR.",
+    "2^60 items as shape": LAUGHS + ARRAY.encode() + b"(h\x3ccnumpy\ndtype\nU\x02u1\x85RNU\x01xtb.",
+    "2^60 items in a shape": LAUGHS + ARRAY.encode() + b"(h\x3c\x85cnumpy\ndtype\nU\x02u1\x85RNU\x01xtb.",
+    "2^60 items as key": LAUGHS.replace(b"](", b"(").replace(b"e", b"t") + b"}h\x3cNs.",
+    "2^60 items as image": LAUGHS + b"](h\x3ch\x00e](\x88e\x86.",
     "huge shape": ARRAY.encode() + b"((" + b"K\x02" * 100_000 + b"tcnumpy\ndtype\n(S'u1'\ntRI00\nS'xx'\ntb.",
     "negative shape": ARRAY.encode() + b"((" + b"J\0\0\0\x80" * 9 + b"K\x01t"
     + b"cnumpy\ndtype\n(S'u1'\ntRI0\nS'x'\ntb.",
