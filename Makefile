@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := data/demo
+# For each reader; `make fuzz FUZZ_SECONDS=600` looks longer.
+FUZZ_SECONDS ?= 60
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint fuzz clean
 
 install: .venv/.installed
 
@@ -23,6 +25,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: install
+	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	PYTHONPATH=. $(BIN)/python tests/data_pipeline/fuzz.py $(FUZZ_SECONDS)
 
 clean:
 	rm -rf .venv data/demo runs/demo

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import catalog_cache, image_folder, recordio_folder
+from data_pipeline import catalog_cache, image_folder, recordio_folder, tar_folder
 from data_pipeline.byte_ranges import ByteRanges
 from data_pipeline.container import COLUMNS, FILE, Container, DatasetError, FileTable, Records
 from data_pipeline.quarantine import BadRecord
@@ -35,7 +35,7 @@ from data_pipeline.terminal import progress_bar
 __all__ = ["Catalog", "DatasetError", "RecordError", "open_catalog", "read_property"]
 
 # In the order in which a folder is asked; images come last, as any sub-folder could hold some.
-CONTAINERS: dict[str, Container] = {"recordio": recordio_folder, "images": image_folder}
+CONTAINERS: dict[str, Container] = {"recordio": recordio_folder, "tar": tar_folder, "images": image_folder}
 
 _FORMAT = 1
 _HIDDEN = ".lgaf_catalog"
@@ -170,9 +170,9 @@ def _dataset_in(folder: Path) -> Dataset:
         if files is not None:
             return Dataset(name, files)
     raise DatasetError(
-        f"no dataset at {folder}: expected {folder}/train.rec, other .rec files, or a sub-folder of images "
-        f"for each identity, found {_contents(folder)}; set data.path to an InsightFace folder or "
-        "one of images, or write one with `lgaf data synth` or `lgaf data pack`"
+        f"no dataset at {folder}: expected {folder}/train.rec, other .rec files, .tar shards, or a "
+        f"sub-folder of images for each identity, found {_contents(folder)}; set data.path to an InsightFace "
+        "folder, one of shards or of images, or write one with `lgaf data synth` or `lgaf data pack`"
     )
 
 

@@ -8,7 +8,6 @@ gets its name at the end; what a killed conversion left there is thrown away.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,9 +33,10 @@ def convert(
     Raises ValueError (DatasetError, ShardError, ...) naming the file if the source is not readable, or if
     `out` holds anything but the beginning of this conversion; OSError if the disk is full.
     """
-    if (source / "train.rec").is_file():
-        return _to_shards(open_catalog(source), out, shard_samples, progress)
-    return _to_records(source, _shards_of(source), out, progress), 0
+    catalog = open_catalog(source)
+    if catalog.datasets[0].container == "tar":
+        return _to_records(catalog, out, progress), 0
+    return _to_shards(catalog, out, shard_samples, progress)
 
 
 def _to_shards(catalog: Catalog, out: Path, samples: int, progress: Progress | None) -> tuple[int, int]:
@@ -66,9 +66,8 @@ def _finished(catalog: Catalog, out: Path) -> tuple[int, int]:
         index = index_shard(path)
         if not _is_of(catalog, first, path, index):
             raise ValueError(
-                f"{path}: expected samples {first} to {first + len(index.label_N) - 1} of "
-                f"{catalog.datasets[0].folder}, found others: it comes from another dataset; choose another "
-                "folder, or remove it"
+                f"{path}: expected {len(index.label_N)} samples, the first from {catalog.name_of(first)}, "
+                "found others: it comes from another dataset; choose another folder, or remove it"
             )
         first += len(index.label_N)
     return len(names), first
@@ -86,40 +85,11 @@ def _is_of(catalog: Catalog, first: int, path: Path, index: ShardIndex) -> bool:
     )
 
 
-def _shards_of(source: Path) -> list[Path]:
-    names = sorted(source.iterdir()) if source.is_dir() else []
-    unfinished = [path for path in names if path.suffix == ".part"]
-    if unfinished:
-        raise ValueError(
-            f"{unfinished[0]}: {source} is not complete; finish its conversion, or remove this file if "
-            "none is running"
-        )
-    # Compressed ones as well: left out silently they would be missing.
-    shards = [path for path in names if ".tar" in path.suffixes or path.suffix == ".tgz"]
-    if not shards:
-        raise ValueError(f"{source}: expected train.rec, or *.tar, found neither; correct the path")
-    return shards
-
-
-def _to_records(source: Path, shards: list[Path], out: Path, progress: Progress | None) -> int:
-    indices = [index_shard(path) for path in shards]
-    total, done = sum(len(index.label_N) for index in indices), 0
-    if not total:
-        raise ValueError(f"{source}: none of its {len(shards)} shards holds a sample")
-    with staged(out) as partial, FlatWriter(partial, image_size=_first_size(shards, indices)) as writer:
-        for path, index in zip(shards, indices, strict=True):
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                for start, length, label in zip(*map(np.ndarray.tolist, index), strict=True):
-                    writer.add(data[start : start + length], label)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-    return total
-
-
-def _first_size(shards: list[Path], indices: list[ShardIndex]) -> tuple[int, int]:
-    """Height and width of the first image, which `property` says of all."""
-    path, index = next((p, i) for p, i in zip(shards, indices, strict=True) if len(i.label_N))
-    encoded = np.memmap(path, np.uint8, "r")[index.offset_N[0] :][: index.length_N[0]]
-    width, height = decoded(encoded, f"{path}: the image at byte {index.offset_N[0]}").size
-    return height, width
+def _to_records(catalog: Catalog, out: Path, progress: Progress | None) -> int:
+    width, height = decoded(catalog.image(0), catalog.name_of(0)).size  # which `property` says of all
+    with staged(out) as partial, FlatWriter(partial, image_size=(height, width)) as writer:
+        for record in range(len(catalog)):
+            writer.add(catalog.image(record).tobytes(), int(catalog.label_N[record]))
+            if progress is not None:
+                progress(record + 1, len(catalog))
+    return len(catalog)

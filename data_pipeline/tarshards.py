@@ -30,6 +30,8 @@ from zlib import adler32 as _adler
 
 import numpy as np
 
+from data_pipeline.container import DatasetError
+
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _KINDS = {
@@ -68,7 +70,7 @@ _COMPRESSED = {
 _SIGNATURES = {"png": re.compile(rb"\x89PNG\r\n\x1a\n"), "webp": re.compile(rb"RIFF....WEBP", re.DOTALL)}
 
 
-class ShardError(ValueError):
+class ShardError(DatasetError):
     """A tar shard that cannot be read as samples; names the file, the offset and what to do."""
 
 

@@ -169,7 +169,7 @@ def test_pack_a_list_into_shards_and_convert_them(tmp_path, jpeg):
     words = ("convert", tmp_path / "rec", tmp_path / "tar", "--shard-samples", 2)
     assert run(*words) == f"{tmp_path / 'tar'}: 3 images\n"
     assert run(*words) == f"{tmp_path / 'tar'}: 3 images, 3 of them there before\n"
-    shards = [{path.name: path.read_bytes() for path in (tmp_path / d).iterdir()} for d in ("out", "tar")]
+    shards = [{path.name: path.read_bytes() for path in (tmp_path / d).glob("[!.]*")} for d in ("out", "tar")]
     assert shards[0] == shards[1]
 
 

@@ -101,9 +101,7 @@ def test_what_is_not_the_beginning_of_this_conversion_stays_as_it_is(records, da
     out = tmp_path / "shards"
     convert(dataset, out, shard_samples=4)
     before = files_in(out)
-    with pytest.raises(
-        ValueError, match=r"train-000000\.tar: expected samples 0 to 3 of .*from another dataset"
-    ):
+    with pytest.raises(ValueError, match=r"train-000000\.tar: expected 4 samples, .*from another dataset"):
         convert(records, out, shard_samples=4)
     (out / "train-000001.tar").rename(out / "train-000007.tar")
     with pytest.raises(
@@ -137,11 +135,11 @@ def test_only_one_process_writes(dataset, tmp_path):
 
 
 def test_a_folder_without_a_dataset_is_named(tmp_path, records):
-    with pytest.raises(ValueError, match=r"nowhere: expected train.rec, or \*\.tar, found neither"):
+    with pytest.raises(ValueError, match=r"no dataset at .*nowhere: .* found no such folder"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     convert(records, tmp_path / "shards")
     (tmp_path / "shards" / "train-000001.tar.gz").write_bytes(b"\x1f\x8b compressed")
-    with pytest.raises(ValueError, match=r"train-000001\.tar\.gz: compressed with gzip"):
+    with pytest.raises(ValueError, match=r"train-000001\.tar\.gz: expected uncompressed shards"):
         convert(tmp_path / "shards", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -162,6 +160,7 @@ call(*map(pathlib.Path, paths))
 @pytest.mark.parametrize("command", ["to shards", "to records", "pack", "pack tar", "pack list"])
 def test_a_full_disk_is_named_and_leaves_nothing_unfinished(dataset, tmp_path, jpeg, command, limit):
     convert(dataset, tmp_path / "shards")
+    open_catalog(tmp_path / "shards")  # kept there, and not to be written on the full disk
     for i in range(30):
         (tmp_path / "people" / str(i)).mkdir(parents=True)
         (tmp_path / "people" / str(i) / "1.jpg").write_bytes(jpeg(i))

@@ -1,0 +1,116 @@
+"""Damaged files end in our errors, soon and with little memory; `make fuzz` looks for more, and longer."""
+
+import signal
+import struct
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.data_pipeline.fuzz import TARGETS, check
+
+LONGEST_S = 10
+EXTREMES = [
+    struct.pack(form, value)
+    for form, values in {
+        "<I": (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x1FFFFFFF, 0xCED7230A),
+        "<Q": ((1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 40),
+        ">Q": (1 << 63, 1 << 40),
+        "<f": (float("nan"), float("inf"), -1.0, 0.5, 1e30),
+    }.items()
+    for value in values
+] + [
+    b"9" * 30,
+    b"9" * 5000,
+    b"-1",
+    b"\n",
+    b"\t",
+    b"0\t0\n",
+    b"77777777777\0",
+    b"\x80" + b"\xff" * 11,
+    b"\0" * 512,
+]
+
+
+@st.composite
+def damaged(draw, seeds):
+    """A valid file after a few changes: bits, numbers, bytes put in or taken out, an early end."""
+    data = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(data) - 1, 0)))
+        match draw(st.sampled_from(["bit", "extreme", "insert", "remove", "repeat", "end"])):
+            case "bit" if data:
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "extreme":
+                extreme = draw(st.sampled_from(EXTREMES))
+                data[at : at + len(extreme)] = extreme
+            case "insert":
+                data[at:at] = draw(st.one_of(st.sampled_from(EXTREMES), st.binary(min_size=1, max_size=16)))
+            case "remove":
+                del data[at : at + draw(st.integers(1, 600))]
+            case "repeat":
+                data[at:at] = data[at : at + draw(st.integers(1, 600))]
+            case "end":
+                del data[at:]
+    return bytes(data)
+
+
+@contextmanager
+def limited(size_bytes):
+    """Fails for memory out of proportion to a file of this size, and for a read that does not end."""
+
+    def late(*_):
+        raise TimeoutError(f"still reading after {LONGEST_S} s")
+
+    former = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LONGEST_S)
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+        # Readers of files with millions of records take them in pieces of some megabytes.
+        assert peak < 32_000_000 + 100 * size_bytes, f"{peak} bytes of memory for a file of {size_bytes}"
+    finally:
+        tracemalloc.stop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_valid_files_are_read(tmp_path, name):
+    target = TARGETS[name]
+    for which, seed in enumerate(target.seeds):
+        check(target._replace(errors=()), seed, tmp_path, which)
+
+
+# Found by looking on from what the fuzzers tried.
+FOUND = {
+    "a number beyond 64 bits": ("idx alone", b"1\t99999999999999999999\n", r"line 1 is b'1\\t9{20}"),
+    "a comment of numpy's": ("idx alone", b"1\t0 # x\n", r"line 1 is b'1\\t0 # x"),
+    "empty lines only": ("idx alone", b"\n\n", r"line 1 is b'\\n', expected"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "message"), FOUND.values(), ids=FOUND)
+@pytest.mark.filterwarnings("error")
+def test_what_was_found_stays_mended(tmp_path, name, data, message):
+    target = TARGETS[name]
+    (tmp_path / target.name).write_bytes(data)
+    with pytest.raises(target.errors, match=message):
+        target.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_any_damage_ends_in_an_error_of_ours_or_in_what_the_file_holds(tmp_path, name):
+    target = TARGETS[name]
+
+    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.one_of(damaged(target.seeds), st.binary(max_size=2000)), st.integers(0, 1))
+    @example(b"", 0)
+    def damage(data, which):
+        with limited(len(data)):
+            check(target, data, tmp_path, which)
+
+    damage()
