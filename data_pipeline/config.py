@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_pipeline.order import Blocks
 
@@ -116,15 +116,21 @@ class AugmentConfig(BaseModel):
     jpeg: JpegConfig = JpegConfig()
 
 
+def _listed(value: object) -> object:
+    """One folder may be given without brackets."""
+    return [value] if isinstance(value, str | Path) else value
+
+
 class DataConfig(BaseModel):
     """The training set and how it is decoded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
+    path: Annotated[list[Path], BeforeValidator(_listed)] = Field(
+        min_length=1,
         description="folder with .rec files as InsightFace and others publish them (train.rec, train.idx, "
-        "property...), or with one sub-folder of images per identity; of a list of folders, the classes of "
-        "each follow those of the one before"
+        "property...), or with one sub-folder of images per identity; or a list of such folders, where the "
+        "classes of each follow those of the one before",
     )
     catalog_dir: Path | None = Field(
         None,
@@ -169,8 +175,3 @@ class DataConfig(BaseModel):
     def shuffle_blocks(self) -> Blocks | None:
         """The block shuffle that is asked for; None for the full shuffle."""
         return None if self.shuffle_block == 1 else Blocks(self.shuffle_block, self.shuffle_window)
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders of all datasets."""
-        return [self.path] if isinstance(self.path, Path) else self.path

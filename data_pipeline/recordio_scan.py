@@ -107,11 +107,17 @@ def _frames_in_chunks(descriptor: int, size: int, progress: Progress) -> Iterato
     """The frames of the file, chunk by chunk; each chunk is read with the head that may begin in its end."""
     buffer = np.zeros((_CHUNK_BYTES + _HEAD_BYTES) // 4, np.uint32)
     for start in range(0, size, _CHUNK_BYTES):
-        got = os.preadv(descriptor, [buffer.data], start)
-        # What a short read leaves unfilled must not look like frames.
-        buffer.view(np.uint8)[got:] = 0
+        _fill(buffer.view(np.uint8), descriptor, start)
         yield _frames_of(buffer, start)
         progress(min(start + _CHUNK_BYTES, size), size)
+
+
+def _fill(buffer: np.ndarray, descriptor: int, start: int) -> None:
+    """Read from `start` on until the buffer is full; zeros, in which there are no frames, after the end."""
+    at = 0
+    while at < len(buffer) and (got := os.preadv(descriptor, [buffer[at:].data], start + at)):
+        at += got
+    buffer[at:] = 0
 
 
 def _frames_of(buffer: np.ndarray, start: int) -> _Frames:

@@ -46,7 +46,7 @@ def run(config: RunConfig, ranks: Ranks) -> None:
     """
     micro = micro_batch(config, ranks.world_size)
     share = Share(ranks.rank, ranks.world_size, config.global_batch, micro)
-    catalog = open_catalog(config.data.folders, config.data.num_classes, config.data.catalog_dir)
+    catalog = open_catalog(config.data.path, config.data.num_classes, config.data.catalog_dir)
     pairs = PairSets(
         config.verification_files(),
         image_size=config.data.image_size,
@@ -304,7 +304,7 @@ def _diagnosis(step: int, skips: int, loss: float, rate: float, config: RunConfi
         f"steps {step - skips + 1} to {step}: {where} was not finite in any of these {skips} (skip_limit), "
         "so none was taken: training has diverged. Look at, in this order: the learning rate, "
         f"{rate:.3g} now: lower optimizer.learning_rate or lengthen optimizer.warmup_steps; the labels: "
-        f"identities mixed up in {', '.join(map(str, config.data.folders))} "
+        f"identities mixed up in {', '.join(map(str, config.data.path))} "
         "let the loss rise until it breaks; head.scale, "
         f"{config.head.scale:g} now, and the size of head.margin: lower them. Then train anew in another "
         "run_dir"

@@ -1,5 +1,6 @@
 """Every variant of a dataset that occurs; damage: one record stays in and is named, a heap is refused."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -403,3 +404,43 @@ def test_a_dataset_that_changes_while_it_is_read_is_refused(dataset, monkeypatch
 
 def test_containers_are_asked_in_an_order_in_which_images_come_last():
     assert list(catalog_module.CONTAINERS)[-1] == "images"
+
+
+@given(
+    damage=st.lists(
+        st.tuples(
+            st.floats(0, 1), st.sampled_from([MAGIC, bytes(4), b"\xff" * 4, b"\x01\0\0\0", b"\x20\0\0\x20"])
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    has_index=st.booleans(),
+)
+def test_damage_anywhere_leaves_the_other_records_as_they_are(
+    damage, has_index, tmp_path_factory, write_records
+):
+    images = [bytes([65 + key]) * (20 + 3 * key) + (MAGIC if key % 3 else b"") + b"end" for key in range(9)]
+    records = [
+        (key, (float(key % 3), 1.0) if key % 2 else float(key % 3), image) for key, image in enumerate(images)
+    ]
+    folder = write_records(tmp_path_factory.mktemp("fuzz"), [*records, (9, (1.0, 2.0), b"")])
+    _, offset_N = recordio.read_index(folder / "train.idx")
+    size = (folder / "train.rec").stat().st_size
+    touched = set()
+    for where, replacement in damage:
+        at = int(where * (size - 4)) // 4 * 4
+        overwrite(folder / "train.rec", at, replacement)
+        touched.add(int(np.searchsorted(offset_N, at, side="right")) - 1)
+    if not has_index:
+        (folder / "train.idx").unlink()
+    try:
+        catalog = open_catalog(folder)
+    except (DatasetError, RecordError):
+        return
+    found = {}
+    for record, offset in enumerate(catalog.offset_N.tolist()):
+        with contextlib.suppress(RecordError):
+            found[offset] = (int(catalog.label_N[record]), catalog.image(record).tobytes())
+    for key, image in enumerate(images):
+        if key not in touched:
+            assert found[int(offset_N[key])] == (key % 3, image)

@@ -121,6 +121,23 @@ def test_inspect_counts_classes_without_images_and_sizes_of_every_kind(tmp_path,
     assert "JPEG 48x48 RGB (2), PNG 20x10 L (1) in a sample of 3" in said
 
 
+def test_inspect_takes_any_datasets_and_names_what_is_damaged(dataset, tmp_path, jpeg):
+    offset = int(open_catalog(dataset).offset_N[2])
+    with open(dataset / "train.rec", "r+b") as file:
+        file.seek(offset)
+        file.write(b"XXXX")
+    for i, name in enumerate(["p/1.jpg", "q/1.jpg"]):
+        (tmp_path / "people" / name).parent.mkdir(parents=True)
+        (tmp_path / "people" / name).write_bytes(jpeg(i))
+    said = run("inspect", dataset, tmp_path / "people", "--sheet", tmp_path / "s.png")
+    size_mb = 2 * len(jpeg(0)) / 1e6
+    assert f"files             p/1.jpg, q/1.jpg in {tmp_path / 'people'}, {size_mb:.1f} MB" in said
+    assert "classes           5\n" in said
+    assert "damaged records   1\n" in said
+    assert f"{dataset / 'train.rec'}: key 3 at byte {offset}: no RecordIO frame at byte {offset}" in said
+    assert "JPEG 48x48 RGB (13) in a sample of 13" in said
+
+
 def test_a_contact_sheet_has_one_class_per_row_with_its_first_images(dataset, jpeg):
     sheet = inspection.contact_sheet(open_catalog(dataset), classes=2, images=3, size=48)
     assert sheet.size == (3 * 48, 2 * (48 + 12))

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_pipeline.config import DataConfig
 from data_pipeline.settings import describe, help_text, load
 
 
@@ -186,3 +187,11 @@ def test_the_help_names_every_key_and_keeps_the_width():
     text = help_text(Config, width=30)
     assert "inner.probability = 0.25  (float, >= 0, <= 1)\n    chance of it\n" in text
     assert all(f"{key.name} = {key.default}" in text for key in describe(Config))
+
+
+def test_one_dataset_may_be_given_without_brackets():
+    assert load(DataConfig, None, ["path=/a/b"]).path == [Path("/a/b")]
+    assert load(DataConfig, None, ['path=["/a", "b"]']).path == [Path("/a"), Path("b")]
+    for nothing in ("path=[]", "path=3"):
+        with pytest.raises(ValueError, match=r"^--set: path: (expected a valid list|List should have)"):
+            load(DataConfig, None, [nothing])

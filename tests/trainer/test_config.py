@@ -66,3 +66,16 @@ def test_a_key_that_is_new_or_gone_is_a_difference():
     now = {key: value for key, value in before.items() if key != "seed"}
     assert differences(before, now) == ["seed: 1 -> absent"]
     assert differences(now, before) == ["seed: absent -> 1"]
+
+
+def test_verification_files_are_looked_for_in_all_datasets(tmp_path):
+    for folder, name in (("a", "lfw.bin"), ("b", "lfw.bin"), ("b", "cfp_fp.bin")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).touch()
+    sets = 'evaluation.sets=["lfw.bin", "cfp_fp.bin", "absent.bin"]'
+    config = load(f'data.path=["{tmp_path / "a"}", "{tmp_path / "b"}"]', sets)
+    assert config.verification_files() == {
+        "lfw": tmp_path / "a" / "lfw.bin",
+        "cfp_fp": tmp_path / "b" / "cfp_fp.bin",
+        "absent": tmp_path / "a" / "absent.bin",
+    }
