@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline import catalog as catalog_module
-from data_pipeline import recordio, recordio_folder
+from data_pipeline import image_folder, recordio, recordio_folder
 from data_pipeline.catalog import DatasetError, RecordError, open_catalog
+from data_pipeline.container import Records, table_of
 from data_pipeline.labels_sidecar import LABELS_SUFFIX, read_labels, write_labels
 
 MAGIC = recordio.MAGIC_BYTES
@@ -402,8 +403,38 @@ def test_a_dataset_that_changes_while_it_is_read_is_refused(dataset, monkeypatch
         open_catalog(dataset)
 
 
-def test_containers_are_asked_in_an_order_in_which_images_come_last():
-    assert list(catalog_module.CONTAINERS)[-1] == "images"
+class Lines:
+    """A container of `.txt` files, one image per line, labelled by its first byte."""
+
+    image_of = staticmethod(image_folder.image_of)
+
+    def list_files(self, folder):
+        names = sorted(path.name for path in folder.glob("*.txt"))
+        return table_of(folder, names) if names else None
+
+    def read_records(self, files, progress):
+        lengths = [[len(line) for line in files.path(i).open("rb")] for i in range(len(files))]
+        ends = [np.cumsum(row) for row in lengths]
+        length_N = np.concatenate(lengths)
+        return Records(
+            file_N=np.repeat(np.arange(len(files)), [len(row) for row in lengths]),
+            offset_N=np.concatenate(ends) - length_N,
+            length_N=length_N,
+            label_N=np.concatenate(
+                [[line[0] - 48 for line in files.path(i).open("rb")] for i in range(len(files))]
+            ),
+            key_N=np.arange(len(length_N)),
+            damaged_D=np.empty(0, np.int64),
+        )
+
+
+def test_a_container_is_three_functions(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "CONTAINERS", {"lines": Lines(), **catalog_module.CONTAINERS})
+    (tmp_path / "a.txt").write_bytes(b"0 one\n2 two\n")
+    (tmp_path / "b.txt").write_bytes(b"1 three\n")
+    catalog = open_catalog([tmp_path, tmp_path])
+    assert contents(catalog)[2:4] == [(2, 1, b"1 three\n"), (0, 3, b"0 one\n")]
+    assert catalog.label_N.tolist() == [0, 2, 1, 3, 5, 4]
 
 
 @given(
