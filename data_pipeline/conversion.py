@@ -66,8 +66,9 @@ def _finished(catalog: Catalog, out: Path) -> tuple[int, int]:
         index = index_shard(path)
         if not _is_of(catalog, first, path, index):
             raise ValueError(
-                f"{path}: expected {len(index.label_N)} samples, the first from {catalog.name_of(first)}, "
-                "found others: it comes from another dataset; choose another folder, or remove it"
+                f"{path}: expected {len(index.label_N)} samples that follow the first {first} of "
+                f"{len(catalog)}, found others: it comes from another dataset; choose another folder, or "
+                "remove it"
             )
         first += len(index.label_N)
     return len(names), first

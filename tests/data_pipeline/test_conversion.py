@@ -101,8 +101,16 @@ def test_what_is_not_the_beginning_of_this_conversion_stays_as_it_is(records, da
     out = tmp_path / "shards"
     convert(dataset, out, shard_samples=4)
     before = files_in(out)
-    with pytest.raises(ValueError, match=r"train-000000\.tar: expected 4 samples, .*from another dataset"):
+    with pytest.raises(
+        ValueError, match=r"train-000000\.tar: expected 4 samples that follow .*from another dataset"
+    ):
         convert(records, out, shard_samples=4)
+    (out / "train-000003.tar").write_bytes((out / "train-000002.tar").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"train-000003\.tar: expected 4 samples that follow the first 12 of 12"
+    ):
+        convert(dataset, out)
+    (out / "train-000003.tar").unlink()
     (out / "train-000001.tar").rename(out / "train-000007.tar")
     with pytest.raises(
         ValueError, match=r"the first shards of this conversion; found .*, but no train-000001"
