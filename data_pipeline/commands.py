@@ -149,8 +149,9 @@ def pack(
     Of a folder the sub-folders are the classes, which identities.tsv names.
     With --hold-out, held_out.bin gets pairs of images of the people held out.
 
-    A list has the lines path<TAB>label, or path,label if its name ends in .csv; a first line may name the
-    columns. Labels that float32 cannot hold go into train.labels.npy.
+    A list has the lines path<TAB>label, or path,label if its name ends in .csv;
+    a first line may name the columns. Labels that float32 cannot hold go into
+    train.labels.npy.
 
     Images are cropped to their central square and resized; a JPEG of the right size is kept as it is.
     """
@@ -185,8 +186,9 @@ def convert(
 ) -> None:
     """Convert RecordIO to WebDataset's tar shards, or shards to RecordIO; images stay byte for byte.
 
-    Killed on its way to shards, the same command goes on after the last whole one; on its way to RecordIO it
-    begins anew. Other files, as verification sets, are not copied.
+    Killed on its way to shards, the same command goes on after the last whole
+    one; on its way to RecordIO it begins anew. Verification sets and other files
+    are not copied.
     """
     with progress_bar("converting") as progress:
         images, there = conversion.convert(source, out, shard_samples=shard_samples, progress=progress)

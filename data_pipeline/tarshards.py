@@ -201,7 +201,7 @@ def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
             said = {**said, **more}
             continue
         if kind in _FILES:
-            name = name.rstrip(b"\0")
+            name = name.partition(b"\0")[0]
             if is_long and magic == _POSIX:
                 name = head[345:500].partition(b"\0")[0] + b"/" + name
             if said:

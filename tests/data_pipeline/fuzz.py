@@ -63,6 +63,8 @@ def check(target: Target, data: bytes, folder: Path, which: int = 0) -> None:
     Raises what is not the target's kind of error, and AssertionError for one that does not name the file.
     """
     for name, content in {**target.folders[which % len(target.folders)], target.name: data}.items():
+        # A new file each time: to empty one that is there can wait for the disk.
+        (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(content)
     said = ""
     try:
