@@ -11,18 +11,19 @@ import numpy as np
 import typer
 from pydantic import BaseModel, Field
 
-from data_pipeline import conversion, inspection, packing, settings, synthetic_set
+from data_pipeline import conversion, inspection, packing, settings, synthetic_set, validation
 from data_pipeline.catalog import Catalog, open_catalog, read_property
 from data_pipeline.config import AugmentConfig
 from data_pipeline.synthetic import SynthConfig
 from data_pipeline.terminal import progress_bar
 
-app = typer.Typer(no_args_is_help=True, help="Make, pack, convert and inspect face datasets.")
+app = typer.Typer(no_args_is_help=True, help="Make, pack, convert, inspect and validate face datasets.")
 
 _SAMPLE = 256
 _SHEET = {"classes": 8, "images": 10, "size": 112}
 _FILES_NAMED = 6
 _DAMAGE_NAMED = 5
+_BAD_NAMED = 10
 
 
 class _AugmentData(BaseModel):
@@ -193,6 +194,41 @@ def convert(
     with progress_bar("converting") as progress:
         images, there = conversion.convert(source, out, shard_samples=shard_samples, progress=progress)
     typer.echo(f"{out}: {images} images" + (f", {there} of them there before" if there else ""))
+
+
+@app.command()
+def validate(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="The datasets, as in data.path.", show_default=False),
+    ],
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where to list all bad records, a JSON object a line.", show_default=False
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one for each core.", show_default=False)
+    ] = None,
+) -> None:
+    """Read and decode every record of datasets; ends with code 1 if one is bad.
+
+    Training leaves bad records out by itself, up to data.max_bad_share; this finds them all beforehand.
+    """
+    start = time.monotonic()
+    with progress_bar("validating") as progress:
+        found = validation.validate(folders, None, progress, processes)
+    good, seconds = found.kinds.total(), time.monotonic() - start
+    for kind, count in found.kinds.most_common():
+        typer.echo(f"{kind:<18}{count}")
+    typer.echo(f"{'bad':<18}{len(found.bad)} of {good + len(found.bad)} ({seconds:.1f} s)")
+    if report is not None:
+        report.write_text("".join(one.line() for one in found.bad), encoding="utf-8")
+    for one in found.bad[:_BAD_NAMED]:
+        typer.echo(f"  {one}")
+    if found.bad:
+        raise typer.Exit(1)
 
 
 def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:

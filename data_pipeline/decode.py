@@ -22,12 +22,9 @@ from nvidia.dali.pipeline import do_not_convert
 from data_pipeline import augment
 from data_pipeline.augment import Augmentation
 from data_pipeline.config import AugmentConfig
-from data_pipeline.images import DecodeError, decoded
+from data_pipeline.images import SIDES_PX, DecodeError, decoded, wrong_size
 
 EncodedBatch = tuple[list[np.ndarray], Augmentation]
-
-# An image with a side outside these is no face crop, and a much larger one would fill the memory.
-_SIDES_PX = (16, 4096)
 
 
 class UndecodableError(DecodeError):
@@ -164,13 +161,11 @@ class Decoder:
         return torch.from_dlpack(images.as_tensor())
 
     def _refuse_sizes(self, side_B2: np.ndarray) -> None:
-        low, high = _SIDES_PX
-        reasons = {
-            int(row): f"{side_B2[row, 1]}x{side_B2[row, 0]} pixels, expected {low} to {high} a side"
-            for row in np.flatnonzero(((side_B2 < low) | (side_B2 > high)).any(1))
-        }
-        if reasons:
-            raise self._undecodable(reasons)
+        low, high = SIDES_PX
+        if (side_B2 >= low).all() and (side_B2 <= high).all():
+            return
+        wrong = {row: wrong_size(width, height) for row, (height, width) in enumerate(side_B2.tolist())}
+        raise self._undecodable({row: reason for row, reason in wrong.items() if reason is not None})
 
     def _undecodable(self, reasons: dict[int, str]) -> UndecodableError:
         return UndecodableError(self._name_of(self._next, next(iter(reasons))), reasons)

@@ -7,6 +7,9 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+# An image with a side outside these is no face crop, and a much larger one would fill the memory.
+SIDES_PX = (16, 4096)
+
 
 class DecodeError(ValueError):
     """An image that cannot be decoded: its `name` and the `reason`."""
@@ -29,3 +32,16 @@ def decoded(encoded: np.ndarray, name: str) -> Image.Image:
     else:
         return image
     raise DecodeError(name, reason)
+
+
+def wrong_size(width: int, height: int) -> str | None:
+    """What is wrong with an image of this size, in pixels; None if nothing is."""
+    low, high = SIDES_PX
+    if low <= min(width, height) and max(width, height) <= high:
+        return None
+    return f"{width}x{height} pixels, expected {low} to {high} a side"
+
+
+def kind(image: Image.Image) -> str:
+    """Format, size and mode, as in "JPEG 112x112 RGB"."""
+    return f"{image.format} {image.width}x{image.height} {image.mode}"

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.catalog import Catalog
 from data_pipeline.config import AugmentConfig
-from data_pipeline.images import decoded
+from data_pipeline.images import decoded, kind
 
 _CAPTION_PX = 12
 
@@ -23,8 +23,7 @@ def image_kinds(catalog: Catalog, sample: int) -> Counter[str]:
     Raises DecodeError, naming the record, for an image that cannot be decoded.
     """
     return Counter(
-        f"{image.format} {image.width}x{image.height} {image.mode}"
-        for image in (_decoded(catalog, record) for record in _whole(catalog, _spread(len(catalog), sample)))
+        kind(_decoded(catalog, record)) for record in _whole(catalog, _spread(len(catalog), sample))
     )
 
 

@@ -26,6 +26,13 @@ class BadRecord(NamedTuple):
     offset: int
     reason: str
 
+    def line(self) -> str:
+        """As a line of a list of them."""
+        return json.dumps(self._asdict()) + "\n"
+
+    def __str__(self) -> str:
+        return f"{self.file}: key {self.key} at byte {self.offset}: {self.reason}"
+
 
 class QuarantineError(ValueError):
     """More records are bad than the configuration bears; names the first ten."""
@@ -61,7 +68,7 @@ class Quarantine:
     def add(self, record: int, bad: BadRecord) -> None:
         """Leave a record out from now on. Raises QuarantineError if that is one too many."""
         self._found[record] = bad
-        line = json.dumps(bad._asdict()) + "\n"
+        line = bad.line()
         if self._path is not None and line not in self._before:
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -74,9 +81,7 @@ class Quarantine:
                 f"{len(self._found)} of the first {self._seen} samples cannot be read or decoded, more than "
                 f"data.max_bad_share = {self._max_share:g} bears. Copy the dataset anew, run `lgaf data "
                 "validate` on it, or raise the share. The first ten:\n"
-                + "\n".join(
-                    f"  {one.file}: key {one.key} at byte {one.offset}: {one.reason}" for one in first
-                )
+                + "\n".join(f"  {one}" for one in first)
             )
 
 
