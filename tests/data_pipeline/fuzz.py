@@ -180,8 +180,9 @@ def write_foreign_shard(form: int) -> Callable[[Path], None]:
 
 
 def written_pickle(protocol: int) -> Callable[[Path], object]:
-    """Bytes and an array in one set."""
-    content = [IMAGES[0], np.frombuffer(IMAGES[1], np.uint8)], [True]
+    """Bytes and an array in one set, each twice, so that the second one is a reference."""
+    image, array = IMAGES[0], np.frombuffer(IMAGES[1], np.uint8)
+    content = [image, array, image, array], [True, False]
     return lambda folder: (folder / "set.bin").write_bytes(pickle.dumps(content, protocol=protocol))
 
 
