@@ -43,7 +43,7 @@ from PIL import Image
 
 from data_pipeline import recordio
 from data_pipeline.catalog import open_catalog
-from data_pipeline.config import DataConfig
+from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine
 
@@ -90,11 +90,14 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def ours(case: Case, copies: int = 1, augment: dict[str, Any] | None = None) -> Iterator[torch.Tensor]:
-    path: Any = [case.data] * copies if copies > 1 else case.data
-    config = DataConfig(path=path, threads=case.threads, augment=augment or {"flip_probability": 0})
+    config = DataConfig(
+        path=[Path(case.data)] * copies,
+        threads=case.threads,
+        augment=AugmentConfig.model_validate(augment or {"flip_probability": 0}),
+    )
     loader = Loader(
         config,
-        open_catalog(config),
+        open_catalog(config.path),
         Share(0, 1, case.batch, case.batch),
         seed=1,
         first_step=0,
@@ -115,7 +118,7 @@ def decoding(source: Callable[[], list[np.ndarray]], device: str) -> Any:
 
 
 def ceiling(case: Case) -> Iterator[torch.Tensor]:
-    catalog = open_catalog(DataConfig(path=case.data))
+    catalog = open_catalog([Path(case.data)])
     rows = [np.array(catalog.image(i)) for i in range(min(len(catalog), 64 * case.batch))]
     turns = iter(range(1 << 30))
 

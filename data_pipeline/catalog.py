@@ -159,7 +159,7 @@ def read_property(folder: Path) -> tuple[int, int, int] | None:
         return None
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     fields = [field.strip() for field in lines[0].split(",")]
-    if len(fields) != 3 or not all(field.isdecimal() for field in fields):
+    if len(fields) != 3 or not all(field.isdecimal() and len(field) < 10 for field in fields):
         raise DatasetError(f"{path}: first line is {lines[0][:60]!r}, expected 'classes,height,width'")
     return int(fields[0]), int(fields[1]), int(fields[2])
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import counter, order
@@ -36,12 +36,14 @@ def test_uniform_is_uniform():
 SHUFFLES = st.none() | st.builds(order.Blocks, size=st.integers(1, 50), window=st.integers(1, 9))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**63), records=st.integers(1, 700), epoch=st.integers(0, 2**31), blocks=SHUFFLES)
 def test_every_epoch_visits_every_record_once(seed, records, epoch, blocks):
     ids = order.record_of(seed, np.arange(epoch * records, (epoch + 1) * records), records, blocks)
     assert sorted(ids) == list(range(records))
 
 
+@settings(deadline=None)
 @given(
     records=st.integers(1, 10**4) | st.integers(1, 10**9),
     start=st.integers(0, 10**5) | st.integers(0, 10**15),
