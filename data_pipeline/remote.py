@@ -429,9 +429,9 @@ class _Stream:
     def _new_bytes(self) -> bytes:
         while not self._is_over:
             if self._chunks is None:
-                self._chunks = _chunks(self.url, self._received)
+                self._chunks = _chunks(self.url, self._received, self._patience.timeout_s)
             try:
-                start, chunk = self._waits.wait(_next(self._chunks, self._patience.timeout_s))
+                start, chunk = self._waits.wait(_next(self._chunks))
             except Exception:
                 # With what it raises, a generator is over.
                 self._chunks = None
@@ -457,19 +457,20 @@ class _FinalError(Exception):
     """An answer that further attempts will not change."""
 
 
-def _chunks(url: str, start: int) -> _Chunks:
+def _chunks(url: str, start: int, timeout_s: float) -> _Chunks:
     """The bytes of a shard from `start` on, or from before it where there is no other way.
 
-    Each with the place where it stands; first an empty one. Raises what went wrong, _FinalError if for good.
+    Each with the place where it stands; at least one, if an empty one. Raises what went wrong, TimeoutError
+    after a silence of `timeout_s`, _FinalError if it is for good.
     """
     if url.startswith("pipe:"):
-        return _from_command(url.removeprefix("pipe:"))
+        return _from_command(url.removeprefix("pipe:"), timeout_s)
     if url.startswith(("http://", "https://")):
-        return _from_http(url, start)
-    return _from_filesystem(url, start)
+        return _from_http(url, start, timeout_s)
+    return _from_filesystem(url, start, timeout_s)
 
 
-async def _from_command(command: str) -> _Chunks:
+async def _from_command(command: str, timeout_s: float) -> _Chunks:
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_shell(
             command,
@@ -483,10 +484,10 @@ async def _from_command(command: str) -> _Chunks:
         try:
             at = 0
             yield at, b""
-            while chunk := await process.stdout.read(_CHUNK_BYTES):
+            while chunk := await _in_time(process.stdout.read(_CHUNK_BYTES), timeout_s):
                 yield at, chunk
                 at += len(chunk)
-            status = await process.wait()
+            status = await _in_time(process.wait(), timeout_s)
         finally:
             if process.returncode is None:
                 # The shell's children too.
@@ -499,21 +500,42 @@ async def _from_command(command: str) -> _Chunks:
             raise OSError(f"status {status} of the command{f', which said: {said}' if said else ''}")
 
 
-async def _from_http(url: str, start: int) -> _Chunks:
+async def _from_http(url: str, start: int, timeout_s: float) -> _Chunks:
     # Bytes are counted as the server stores them.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    # Whoever waits for this generator keeps the time.
-    no_limit = aiohttp.ClientTimeout(total=None, sock_connect=None)
+    timeout = aiohttp.ClientTimeout(total=None, connect=timeout_s, sock_read=timeout_s)
     async with (
-        aiohttp.ClientSession(timeout=no_limit, trust_env=True, auto_decompress=False) as session,
-        session.get(url, headers=headers, read_bufsize=_CHUNK_BYTES) as response,
+        aiohttp.ClientSession(timeout=timeout, trust_env=True, auto_decompress=False) as session,
+        session.get(url, headers=headers) as response,
     ):
         at = _first_byte(response, start)
+        is_over = response.status == 416
+        while not is_over:
+            chunk, is_over, error = await _body_of(response)
+            yield at, chunk
+            at += len(chunk)
+            if error:
+                raise error
         yield at, b""
-        if response.status < 400:
-            while chunk := await response.content.read(_CHUNK_BYTES):
-                yield at, chunk
-                at += len(chunk)
+
+
+async def _body_of(response: aiohttp.ClientResponse) -> tuple[bytes, bool, Exception | None]:
+    """The next part of an answer's body, whether it is the last, and what broke it off.
+
+    aiohttp forgets what has arrived when the connection breaks: so as much as possible is taken at once.
+    """
+    parts: list[bytes] = []
+    size = 0
+    try:
+        while size < _CHUNK_BYTES:
+            part = await response.content.readany()
+            if not part:
+                return b"".join(parts), True, None
+            parts.append(part)
+            size += len(part)
+    except (aiohttp.ClientError, OSError) as error:
+        return b"".join(parts), True, error
+    return b"".join(parts), False, None
 
 
 def _first_byte(response: aiohttp.ClientResponse, start: int) -> int:
@@ -533,14 +555,15 @@ def _first_byte(response: aiohttp.ClientResponse, start: int) -> int:
     return start if response.status == 206 else 0
 
 
-async def _from_filesystem(url: str, start: int) -> _Chunks:
+async def _from_filesystem(url: str, start: int, timeout_s: float) -> _Chunks:
     filesystem, path = fsspec.core.url_to_fs(url)
-    size = (await _call(filesystem, "info", path))["size"]
+    size = (await _in_time(_call(filesystem, "info", path), timeout_s))["size"]
     if size is None:
         raise _FinalError("the server does not say how long it is")
     yield start, b""
     while start < size:
-        chunk = await _call(filesystem, "cat_file", path, start=start, end=min(start + _RANGE_BYTES, size))
+        part = _call(filesystem, "cat_file", path, start=start, end=min(start + _RANGE_BYTES, size))
+        chunk = await _in_time(part, timeout_s)
         if not chunk:
             raise EOFError(f"its end at byte {start} of {size}")
         yield start, chunk
@@ -554,10 +577,17 @@ async def _call(filesystem: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     return await asyncio.to_thread(getattr(filesystem, method), *args, **kwargs)
 
 
-async def _next(chunks: _Chunks, timeout_s: float) -> tuple[int | None, bytes]:
-    """The next chunk and its place; the place None after the last."""
+async def _in_time(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
     async with asyncio.timeout(timeout_s):
-        return await anext(chunks, (None, b""))
+        return await coroutine
+
+
+async def _next(chunks: _Chunks) -> tuple[int | None, bytes]:
+    """The next chunk and its place; the place None after the last."""
+    try:
+        return await anext(chunks)
+    except StopAsyncIteration:
+        return None, b""
 
 
 class _Stopped(BaseException):
