@@ -152,7 +152,7 @@ def cut(items):
 
 
 @given(
-    seed=st.integers(0, 2**32), n=st.integers(1, 40), world_size=st.integers(1, 9), epoch=st.integers(0, 1000)
+    seed=st.integers(0, 2**32), n=st.integers(1, 40), world_size=st.integers(1, 9), epoch=st.integers(0, 30)
 )
 def test_every_shard_is_read_once_per_epoch_over_all_ranks(seed, n, world_size, epoch):
     cursor_W2 = remote.first_cursor(world_size)
@@ -221,7 +221,7 @@ def test_a_wrong_list_is_refused(patterns, message):
 
 def test_without_s3fs_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry.target if hasattr(fsspec.registry, "target") else {}, "s3", False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(ValueError, match=r"s3:// is not installed: pip install 'lgaf\[s3\]'"):
         remote.shard_urls(["s3://bucket/train-{0..1}.tar"])
 
@@ -544,17 +544,21 @@ def test_a_consumer_that_waits_in_another_thread_is_let_go(stuck):
     assert taken == []
 
 
-@pytest.mark.parametrize("where", STUCK)
-def test_the_interpreter_ends_while_a_reader_waits(stuck, where):
+def test_the_interpreter_ends_while_readers_wait(stuck):
     code = (
         "import sys, time; from data_pipeline.remote import *\n"
-        "kept = RemoteSamples(sys.argv[1:], seed=0, rank=0, world_size=1, window=4,"
-        " patience=Patience(3, 500, 500))\n"
-        "time.sleep(0.1); raise SystemExit(5)"
+        "kept = [RemoteSamples([url], seed=0, rank=0, world_size=1, window=4,"
+        " patience=Patience(3, 500, 500)) for url in sys.argv[1:]]\n"
+        "time.sleep(0.2); raise SystemExit(5)"
     )
-    command = [sys.executable, "-c", code, stuck[where].replace("987", "986")]
+    urls = [url.replace("987", "986") for url in stuck.values()]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], timeout=60, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *urls],
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (5, "")
     assert not is_running("sleep 986")
