@@ -54,6 +54,7 @@ _CHUNK_BYTES = 1 << 20
 _RANGE_BYTES = 8 << 20
 _LONGEST_PAUSE_S = 60.0
 _NOTICE_S = 0.1
+_KILLED_S = 1.0
 
 
 class RemoteError(ValueError):
@@ -493,7 +494,9 @@ async def _from_command(command: str, timeout_s: float) -> _Chunks:
                 # The shell's children too.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+                # A child that has left the group may keep the pipe open.
+                with contextlib.suppress(TimeoutError):
+                    await _in_time(process.wait(), _KILLED_S)
         if status:
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
             said = errors.read().decode(errors="replace").strip()
