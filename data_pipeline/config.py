@@ -127,10 +127,18 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Annotated[list[Path], BeforeValidator(_listed)] = Field(
-        min_length=1,
+        [],
         description="folder with .rec files as InsightFace and others publish them (train.rec, train.idx, "
-        "property...), or with one sub-folder of images per identity; or a list of such folders, where the "
-        "classes of each follow those of the one before",
+        "property...), with .tar shards, or with one sub-folder of images per identity; or a list of such "
+        "folders, where the classes of each follow those of the one before",
+    )
+    shards: list[str] = Field(
+        [],
+        description="instead of path: WebDataset shards that are streamed while training, as URLs "
+        "(https://host/t-{000..999}.tar, s3://..., pipe:COMMAND); needs num_classes, and steps, not epochs",
+    )
+    shards_window: int = Field(
+        2048, ge=1, description="samples of a streamed shard that are mixed with each other, held in memory"
     )
     catalog_dir: Path | None = Field(
         None,
@@ -171,6 +179,15 @@ class DataConfig(BaseModel):
         "cores; between 0 and 1 an image's last bits may depend on its place in the batch",
     )
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of the training samples")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if bool(self.path) == bool(self.shards):
+            found = "both" if self.path else "neither"
+            raise ValueError(f"expected either path or shards, found {found}")
+        if self.shards and self.num_classes is None:
+            raise ValueError("shards: expected num_classes as well, which a stream cannot tell; set it")
+        return self
 
     def shuffle_blocks(self) -> Blocks | None:
         """The block shuffle that is asked for; None for the full shuffle."""

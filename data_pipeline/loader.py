@@ -63,7 +63,74 @@ class Share(NamedTuple):
         return np.arange(start, start + self.micro_batch, dtype=np.int64)
 
 
-class Loader:
+class Decoding:
+    """What loaders share: micro-batches asked for by number, decoded ahead, and again without bad rows.
+
+    A subclass says what micro-batch i holds (`_encoded`), what a row of it is called (`_name_of`), and keeps
+    a bad row out from then on (`_exclude`). `first` is the number of the first micro-batch.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        share: Share,
+        *,
+        first: int,
+        ranks_on_node: int,
+        device_id: int | None,
+        quarantine: Quarantine,
+    ) -> None:
+        self._config, self._share, self._device_id = config, share, device_id
+        self._threads = config.threads or default_threads(ranks_on_node)
+        self._quarantine = quarantine
+        self._next = self._asked = first
+        self._decoder = self._new_decoder()
+
+    def _encoded(self, i: int) -> EncodedBatch:
+        raise NotImplementedError
+
+    def _name_of(self, i: int, row: int) -> str:
+        raise NotImplementedError
+
+    def _exclude(self, i: int, row: int, reason: str) -> None:
+        raise NotImplementedError
+
+    def _new_decoder(self) -> Decoder:
+        first = self._next
+        return Decoder(
+            lambda i: self._counted(first + i),
+            lambda i, row: self._name_of(first + i, row),
+            batch_size=self._share.micro_batch,
+            image_size=self._config.image_size,
+            threads=self._threads,
+            prefetch_batches=self._config.prefetch_batches,
+            device_id=self._device_id,
+            changes=self._config.augment,
+            hw_decoder_load=self._config.hw_decoder_load,
+        )
+
+    def _counted(self, i: int) -> EncodedBatch:
+        if i >= self._asked:
+            self._asked = i + 1
+            self._quarantine.count_seen(self._share.micro_batch)
+        return self._encoded(i)
+
+    def _decoded(self) -> tuple[int, torch.Tensor]:
+        """The number of the next micro-batch, and its images."""
+        while True:
+            try:
+                images_BCHW = next(self._decoder)
+            except UndecodableError as error:
+                for row, reason in error.reasons.items():
+                    self._exclude(self._next, row, reason)
+                # Asks once more for this micro-batch and those after it, now without these rows.
+                self._decoder = self._new_decoder()
+            else:
+                self._next += 1
+                return self._next - 1, images_BCHW
+
+
+class Loader(Decoding):
     """Iterates once, without end, over this rank's micro-batches, from the first of `first_step` on.
 
     `device_id` is the GPU's number, None for the CPU; `ranks_on_node` divides the node's cores. Bad records
@@ -82,52 +149,28 @@ class Loader:
         device_id: int | None,
         quarantine: Quarantine,
     ) -> None:
-        self._config, self._catalog, self._share, self._seed = config, catalog, share, seed
-        self._blocks = config.shuffle_blocks()
-        self._threads = config.threads or default_threads(ranks_on_node)
-        self._device_id = device_id
-        self._quarantine = quarantine
-        self._next = self._asked = first_step * share.accumulation
+        self._catalog, self._seed, self._blocks = catalog, seed, config.shuffle_blocks()
         self._chosen: dict[int, np.ndarray] = {}  # records of the micro-batches that are being decoded
-        self._decoder = self._new_decoder()
-
-    def _new_decoder(self) -> Decoder:
-        first = self._next
-        return Decoder(
-            lambda i: self._encoded(first + i),
-            lambda i, row: self._catalog.name_of(int(self._chosen[first + i][row])),
-            batch_size=self._share.micro_batch,
-            image_size=self._config.image_size,
-            threads=self._threads,
-            prefetch_batches=self._config.prefetch_batches,
-            device_id=self._device_id,
-            changes=self._config.augment,
-            hw_decoder_load=self._config.hw_decoder_load,
+        super().__init__(
+            config,
+            share,
+            first=first_step * share.accumulation,
+            ranks_on_node=ranks_on_node,
+            device_id=device_id,
+            quarantine=quarantine,
         )
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        images_BCHW = self._decoded()
-        record_B = self._chosen.pop(self._next)
-        sample_B = self._share.samples(self._next)
-        self._next += 1
-        label_B = torch.from_numpy(self._catalog.label_N[record_B])
+        i, images_BCHW = self._decoded()
+        label_B = torch.from_numpy(self._catalog.label_N[self._chosen.pop(i)])
         return Batch(
-            images_BCHW, label_B.to(images_BCHW.device, non_blocking=True), torch.from_numpy(sample_B)
+            images_BCHW,
+            label_B.to(images_BCHW.device, non_blocking=True),
+            torch.from_numpy(self._share.samples(i)),
         )
-
-    def _decoded(self) -> torch.Tensor:
-        while True:
-            try:
-                return next(self._decoder)
-            except UndecodableError as error:
-                record_B = self._chosen[self._next]
-                for row, reason in error.reasons.items():
-                    self._exclude(record_B[row], reason)
-                # Asks once more for this micro-batch and those after it, now without these records.
-                self._decoder = self._new_decoder()
 
     def labels_of_step(self, step: int) -> torch.Tensor:
         """Labels int64 [global batch] of all samples of a step, those of the other ranks too."""
@@ -140,9 +183,6 @@ class Loader:
 
     def _encoded(self, i: int) -> EncodedBatch:
         sample_B = self._share.samples(i)
-        if i >= self._asked:
-            self._asked = i + 1
-            self._quarantine.count_seen(len(sample_B))
         record_B, images = self._records(sample_B), []
         for row, record in enumerate(record_B):
             image = self._readable(record)
@@ -159,10 +199,10 @@ class Loader:
         try:
             image = self._catalog.image(int(record))
         except RecordError as error:
-            self._exclude(record, str(error))
+            self._quarantine_record(record, str(error))
             return None
         if not len(image):
-            self._exclude(record, "0 bytes")
+            self._quarantine_record(record, "0 bytes")
             return None
         return image
 
@@ -175,7 +215,13 @@ class Loader:
                 return record, image
         raise QuarantineError(f"no sample of step {sample // self._share.global_batch} can be read")
 
-    def _exclude(self, record: np.int64, reason: str) -> None:
+    def _name_of(self, i: int, row: int) -> str:
+        return self._catalog.name_of(int(self._chosen[i][row]))
+
+    def _exclude(self, i: int, row: int, reason: str) -> None:
+        self._quarantine_record(self._chosen[i][row], reason)
+
+    def _quarantine_record(self, record: np.int64, reason: str) -> None:
         self._quarantine.add(int(record), self._catalog.bad(int(record), reason))
 
 

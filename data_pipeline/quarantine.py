@@ -67,6 +67,8 @@ class Quarantine:
 
     def add(self, record: int, bad: BadRecord) -> None:
         """Leave a record out from now on. Raises QuarantineError if that is one too many."""
+        if record in self._found:
+            return
         self._found[record] = bad
         line = bad.line()
         if self._path is not None and line not in self._before:

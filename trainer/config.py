@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "log_every_steps",
     "data.path",
     "data.catalog_dir",
+    "data.shards",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",
@@ -124,12 +125,17 @@ class RunConfig(Strict):
             )
         return self
 
-    def total_steps(self, records: int) -> int:
-        """Steps of the run on a dataset of `records` images; the last step of `epochs` is a whole one."""
+    def total_steps(self, images: int | None) -> int:
+        """Steps of the run on a dataset of `images`; the last step of `epochs` is a whole one.
+
+        Raises ValueError if the number of images is not known, None, and `epochs` is what is given.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return math.ceil(self.epochs * records / self.global_batch)
+        if images is None:
+            raise ValueError("epochs: of streamed shards nobody knows how many images they hold; set steps")
+        return math.ceil(self.epochs * images / self.global_batch)
 
     def verification_files(self) -> dict[str, Path]:
         """Name of each verification set -> its file. Raises ValueError if two have one name."""

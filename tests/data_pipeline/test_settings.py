@@ -193,5 +193,8 @@ def test_one_dataset_may_be_given_without_brackets():
     assert load(DataConfig, None, ["path=/a/b"]).path == [Path("/a/b")]
     assert load(DataConfig, None, ['path=["/a", "b"]']).path == [Path("/a"), Path("b")]
     for nothing in ("path=[]", "path=3"):
-        with pytest.raises(ValueError, match=r"^--set: path: (expected a valid list|List should have)"):
+        with pytest.raises(
+            ValueError,
+            match=r"^--set: (path: expected a valid list|expected either path or shards, found neither)",
+        ):
             load(DataConfig, None, [nothing])
