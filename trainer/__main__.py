@@ -65,6 +65,7 @@ def train(
     """Train a network, or go on with the run that the run directory holds.
 
     Works alone, under torchrun and under Slurm's srun: it finds the other ranks from what these tell it.
+    SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C to any rank: all save and end with exit code 75, to be started again.
     """
     from trainer import job
 

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "run_dir",
     "micro_batch",
     "skip_limit",
+    "rollback_limit",
     "log_every_steps",
     "data.path",
     "data.catalog_dir",
@@ -30,6 +31,7 @@ MAY_CHANGE = (
     "checkpoint",
     "evaluation",
     "metrics",
+    "watchdog",
 )
 
 
@@ -67,6 +69,12 @@ class CheckpointConfig(Strict):
 
     every_steps: int = Field(1000, ge=1, description="steps between checkpoints; the last step has one too")
     keep: int = Field(3, ge=1, description="number of newest checkpoints that are kept")
+    deadline_s: float = Field(
+        60,
+        gt=0,
+        description="seconds from a signal to stop until the process ends; a checkpoint that is not done "
+        "then is given up",
+    )
 
 
 class EvaluationConfig(Strict):
@@ -87,6 +95,17 @@ class MetricsConfig(Strict):
     port: int = Field(9400, ge=0, le=65535, description="TCP port; 0 takes any free one and says which")
 
 
+class WatchdogConfig(Strict):
+    """What ends a job of which a rank hangs."""
+
+    timeout_s: float = Field(
+        600,
+        gt=0,
+        description="seconds that a step may take; starting, the first step and saving may take three times "
+        "as long, and evaluating, per batch; then the job ends and says which rank is behind",
+    )
+
+
 class RunConfig(Strict):
     """One training run."""
 
@@ -104,7 +123,12 @@ class RunConfig(Strict):
         20,
         ge=1,
         description="steps in a row that may be skipped, as their loss or gradient is not finite, "
-        "before the run stops",
+        "before the run goes back to the newest checkpoint",
+    )
+    rollback_limit: int = Field(
+        3,
+        ge=0,
+        description="times that the run goes back before it stops; it also stops if it gets no further then",
     )
     log_every_steps: int = Field(10, ge=1, description="steps between two looks at the losses")
     data: DataConfig
@@ -115,6 +139,7 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _has_one_length(self) -> RunConfig:

@@ -4,7 +4,8 @@
         ...                    ranks.rank, ranks.group, ranks.device
 
 A rank that fails says so and leaves at once. Its connections close, which wakes the others from whatever
-they wait for (and torchrun or srun ends those that it does not wake); they leave without another word.
+they wait for (and torchrun or srun ends those that it does not wake); they leave without another word. A rank
+that cannot say anything, as it was killed or hangs, is named by another: `watchdog` finds out which it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,10 +24,12 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-_FAILURES = "lgaf/failures"
+from trainer.watchdog import HangError, Pulse
+
 # Ports below the range from which Linux hands out its own (32768 and up).
 _FIRST_PORT, _PORTS = 15_000, 16_000
 _JOIN_TIMEOUT = timedelta(minutes=10)
+_CLOSED = r"onnection (closed|reset)|Broken pipe"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Ranks:
     placement: Placement
     group: dist.ProcessGroup
     device: torch.device
+    pulse: Pulse
 
     @property
     def rank(self) -> int:
@@ -140,7 +145,7 @@ def join() -> Iterator[Ranks]:
             where,
         )
         _leave(where)
-    with _speak_once(where, store):
+    with _speak_once(where, store) as pulse:
         device = _device(where)
         # DeepSpeed insists on this variable, which only torchrun sets.
         os.environ["LOCAL_RANK"] = str(where.local_rank)
@@ -153,7 +158,7 @@ def join() -> Iterator[Ranks]:
         )
         group = dist.group.WORLD
         assert group is not None
-        yield Ranks(where, group, device)
+        yield Ranks(where, group, device, pulse)
         # Rank 0 may host the store: nobody leaves while another still needs it.
         dist.barrier()
         dist.destroy_process_group()
@@ -167,12 +172,16 @@ def _store(where: Placement) -> dist.Store:
         where.master_port,
         where.world_size,
         # torchrun keeps the store in its agent, so that it outlives restarted ranks.
-        is_master=where.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        is_master=where.rank == 0 and not _has_agent_store(),
         timeout=_JOIN_TIMEOUT,
         wait_for_workers=False,
     )
     # That store has seen the ranks of every attempt, each of which must meet and fail for itself.
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _device(where: Placement) -> torch.device:
@@ -184,25 +193,37 @@ def _device(where: Placement) -> torch.device:
 
 
 @contextlib.contextmanager
-def _speak_once(where: Placement, store: dist.Store) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        try:
-            if store.add(_FAILURES, 1) == 1:
-                _show(_in_plain_words(error), where)
-        except RuntimeError:
-            # The store went with rank 0, which hosted it and may have been killed. One of the others says so.
-            if where.rank == 1:
-                _show(ValueError("rank 0 is gone; its own words, if it had time for any, say why"), where)
+def _speak_once(where: Placement, store: dist.Store) -> Iterator[Pulse]:
+    once = threading.Lock()
+
+    def end(error: Exception) -> NoReturn:
+        once.acquire()  # and not released: who comes second, main thread or watchdog, waits for the end
+        _speak(error, where, pulse)
         _leave(where)
 
+    keeper = "torchrun" if _has_agent_store() else "rank 0"
+    pulse = Pulse(store, where.rank, where.world_size, keeper=keeper, end=end)
+    try:
+        with pulse:
+            yield pulse
+    except Exception as error:
+        end(error)
 
-def _in_plain_words(error: Exception) -> Exception:
-    """A rank that was killed is known by its connections, which closed; other errors stay as they are."""
-    if isinstance(error, RuntimeError) and re.search(r"onnection (closed|reset)|Broken pipe", str(error)):
-        return ValueError("another rank ended without a word (killed, or out of memory?); see its log")
-    return error
+
+def _speak(error: Exception, where: Placement, pulse: Pulse) -> None:
+    """Show the error, or the rank that caused it, unless another rank has the word."""
+    # A rank that was killed is known by its connections, which closed.
+    is_cut_off = isinstance(error, RuntimeError) and re.search(_CLOSED, str(error)) is not None
+    verdict = pulse.verdict(is_other_at_fault=is_cut_off or isinstance(error, HangError))
+    if not verdict.is_speaker:
+        return
+    if isinstance(error, HangError):
+        error = ValueError(f"{error}; {verdict.culprit}")
+    elif verdict.culprit:
+        error = ValueError(
+            f"another rank ended without a word (killed, or out of memory?): {verdict.culprit}"
+        )
+    _show(error, where)
 
 
 def _show(error: Exception, where: Placement) -> None:
@@ -216,8 +237,6 @@ def _show(error: Exception, where: Placement) -> None:
 
 
 def _leave(where: Placement) -> NoReturn:
-    if where.world_size == 1:
-        sys.exit(1)
     # An orderly exit would wait for collectives in which nobody else takes part any more.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,7 +25,9 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import nn
@@ -146,6 +148,27 @@ class Engine:
             "backbone_buffer": dict(self.model.named_buffers()),
         }
 
+    def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Go on from what `state` returned, or was loaded into it, between two steps; on all ranks."""
+        for name, parameter in self._names.items():
+            self._set_weight(parameter, state["backbone_weight"][name])
+            self._set_momentum(parameter, state["backbone_momentum"][name])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["backbone_buffer"][name])
+
+    @torch.no_grad()
+    def _set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Both the copy that the network computes with and the one that the optimizer moves."""
+        if self._stage == 3:
+            part = self._own_part(parameter, value)
+            safe_set_local_fp32_param(parameter, part)
+            own: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            own.copy_(part)
+            return
+        parameter.copy_(value)
+        if self._stage > 0:
+            safe_set_full_fp32_param(parameter, value)
+
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)
 
@@ -176,13 +199,19 @@ class Engine:
         if self._stage == 0:
             self._momentum(parameter).copy_(value)
         elif self._stage == 3:
-            # DeepSpeed's setter of whole tensors does not take those that do not divide by the ranks.
-            own: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-            part, rank = own.numel(), dist.get_rank(self._group)
-            padded = nn.functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
-            safe_set_local_optimizer_state(parameter, padded[rank * part :][:part], _MOMENTUM)
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), _MOMENTUM)
         else:
             safe_set_full_optimizer_state(parameter, value, _MOMENTUM)
+
+    def _own_part(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor at stage 3, with zeros at the end of the last.
+
+        DeepSpeed's setters of whole tensors do not take those that do not divide by the ranks.
+        """
+        own: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        part, rank = own.numel(), dist.get_rank(self._group)
+        padded = nn.functional.pad(value.flatten(), (0, part * self._world_size - value.numel()))
+        return padded[rank * part :][:part]
 
 
 class _FiniteSGD(torch.optim.SGD):

@@ -14,15 +14,19 @@ from trainer.engine import uses_bf16
 from trainer.evaluation.pair_protocol import VerificationResult
 from trainer.evaluation.verification import Embed, PairSets
 from trainer.loop import run
+from trainer.signals import Stopped, StopRequest
 
 
 def train(config: Path, overrides: Sequence[str] = ()) -> None:
     """Train as the configuration file says, changed by `key=value` overrides.
 
-    A failure is printed by the first rank that has one and ends the process with exit code 1.
+    A failure is printed by the first rank that has one and ends the process with exit code 1. Raises Stopped
+    on all ranks if a signal asked any of them to stop.
     """
-    with join() as ranks:
-        run(load(config, overrides), ranks)
+    with StopRequest() as stop, join() as ranks:
+        stopped_by = run(load(config, overrides), ranks, stop)
+    if stopped_by:
+        raise Stopped(stopped_by)
 
 
 def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, VerificationResult] | None:

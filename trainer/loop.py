@@ -4,13 +4,20 @@
     step      next micro-batches -> train_step -> records, metrics, display; now and then evaluate and save
     close     last evaluation and checkpoint, result.json, report.html
 
+A step may also end the run early, saved, if a signal asked for it; or, being one of many that could not be
+taken, lead back to the newest checkpoint.
+
 Step t counts from 0; what is recorded or saved "at step n" is the state after n steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import shutil
 import time
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +26,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from data_pipeline.catalog import Catalog, open_catalog
-from data_pipeline.loader import Loader, Share
+from data_pipeline.loader import Batch, Loader, Share
 from data_pipeline.quarantine import Quarantine
 from partial_fc.head import PartialFC
 from trainer import backbones, checkpoint
@@ -31,19 +38,23 @@ from trainer.evaluation.verification import PairSets
 from trainer.metrics import Metrics, serve
 from trainer.pace import Pace
 from trainer.progress import Display, Reading
-from trainer.records import Records
+from trainer.records import Records, read
 from trainer.results import conclude
 from trainer.schedule import learning_rate
+from trainer.signals import EXIT_CODE, StopRequest, name_of
 from trainer.step import Outcome, seed_dropout, train_step
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
-def run(config: RunConfig, ranks: Ranks) -> None:
+def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     """Train from where the run directory stands to the last step, on all ranks together.
+
+    Returns 0, or the number of the signal that made it end earlier.
 
     Raises ValueError for what the user can put right: configuration, dataset, checkpoint, divergence.
     """
+    ranks.pulse.limit(config.watchdog.timeout_s)
     micro = micro_batch(config, ranks.world_size)
     share = Share(ranks.rank, ranks.world_size, config.global_batch, micro)
     catalog = open_catalog(config.data.path, config.data.num_classes, config.data.catalog_dir)
@@ -55,14 +66,19 @@ def run(config: RunConfig, ranks: Ranks) -> None:
     )
     if ranks.is_first:
         _make_run_dir(config.run_dir)
+        _remove_partial(config.run_dir)
     first_step, engine, head = _open_model(config, catalog, ranks, micro)
     records = Records(config.run_dir, first_step) if ranks.is_first else None
     steps = config.total_steps(len(catalog))
     with Display(steps, first_step, enabled=ranks.is_first) as display:
-        training = _Training(config, ranks, share, catalog, pairs, engine, head, records, display, steps)
-        training.execute(first_step)
-    if ranks.is_first:
+        training = _Training(
+            config, ranks, stop, share, catalog, pairs, engine, head, records, display, steps
+        )
+        stopped_by = training.execute(first_step)
+    if not stopped_by and ranks.is_first:
+        ranks.pulse.note(steps, "writing the report", is_slow=True)
         conclude(config, catalog, pairs.sets, training.results, ranks)
+    return stopped_by
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -145,6 +161,7 @@ class _Training:
         self,
         config: RunConfig,
         ranks: Ranks,
+        stop: StopRequest,
         share: Share,
         catalog: Catalog,
         pairs: PairSets,
@@ -156,15 +173,19 @@ class _Training:
     ) -> None:
         self.config, self.ranks, self.share, self.catalog, self.pairs = config, ranks, share, catalog, pairs
         self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
-        self.metrics = Metrics()
+        self.stop, self.metrics = stop, Metrics()
         self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
         self.bad_records = self.quarantine.listed()
         self.skips_in_a_row = 0
+        self.rollbacks, self.failed_at = 0, 0
         self.skipped: set[int] = set()  # since the last look
         self.results: dict[str, VerificationResult] = {}
 
-    def execute(self, first_step: int) -> None:
-        """All steps from `first_step` on; evaluates before the first and after the last."""
+    def execute(self, first_step: int) -> int:
+        """All steps from `first_step` on; evaluates before the first and after the last.
+
+        Returns 0, or the number of the signal after which it saved and went no further.
+        """
         if self.ranks.is_first_on_node:
             serve(self.metrics, self.config.metrics)
         self.display.say(
@@ -173,63 +194,157 @@ class _Training:
             f"{self.share.accumulation} x {self.share.micro_batch} images each; "
             f"steps {first_step} to {self.steps}"
         )
-        if first_step in (0, self.steps):
+        self.stop.keep_deadline(
+            self.config.checkpoint.deadline_s, is_first=self.ranks.is_first, tidy=self._give_up_saving
+        )
+        if first_step in (0, self.steps) or self._lacks_evaluation(first_step):
             self._evaluate(first_step)
-        loader = self._loader(first_step)
-        pace = Pace()
+        done = first_step
+        while done < self.steps:
+            stopped_by = self._steps_from(done)
+            if stopped_by:
+                return stopped_by
+            done = self.steps if self.skips_in_a_row < self.config.skip_limit else self._roll_back()
+        return 0
+
+    def _steps_from(self, first_step: int) -> int:
+        """Steps until a signal, whose number is returned, the last step, or too many skips in a row."""
+        loader, pace = self._loader(first_step), Pace()
         for step in range(first_step, self.steps):
-            self._step(step, loader, pace)
+            outcome = self._step(step, loader, pace, is_slow=step == first_step)
             done = step + 1
+            is_too_much = self.skips_in_a_row == self.config.skip_limit
             is_save_due = self._is_due(done, self.config.checkpoint.every_steps)
             # A checkpoint never knows of steps that the records do not.
-            if is_save_due or self._is_due(done, self.config.log_every_steps):
+            if (
+                is_save_due
+                or outcome.signal
+                or is_too_much
+                or self._is_due(done, self.config.log_every_steps)
+            ):
                 self._look(pace)
+            if outcome.signal:
+                self._save_and_leave(done, outcome.signal)
+                return outcome.signal
+            if is_too_much:
+                if self._is_hopeless(done):
+                    rate = self._rate(step)
+                    raise ValueError(
+                        _diagnosis(
+                            done, self.skips_in_a_row, self.rollbacks, float(outcome.loss), rate, self.config
+                        )
+                    )
+                self.failed_at = done
+                return 0
             # While steps are skipped the state may be what makes them fail: the one before is kept instead.
             if is_save_due and self.skips_in_a_row == 0:
                 self._save(done)
             if self._is_due(done, self.config.evaluation.every_steps):
                 self._evaluate(done)
             pace.leave_out_since_step()
+        return 0
+
+    def _lacks_evaluation(self, step: int) -> bool:
+        """Whether an earlier life of the run ended between the checkpoint of a step and its evaluation."""
+        if step % self.config.evaluation.every_steps or not self.config.evaluation.sets:
+            return False
+        records = read(self.config.run_dir) if self.ranks.is_first else []
+        is_there = [any((r["kind"], r["step"]) == ("evaluation", step) for r in records)]
+        dist.broadcast_object_list(is_there, group=self.ranks.group, group_src=0)
+        return not is_there[0]
+
+    def _save_and_leave(self, step: int, signal: int) -> None:
+        """Save because of a signal; if that fails or takes too long, this does not return."""
+        self.stop.start_clock()
+        if self.skips_in_a_row > 0:
+            self._say_leaving(signal, f"step {step} is not saved, as it was skipped")
+            return
+        try:
+            self._save(step)
+        except Exception as error:
+            self.stop.give_up(str(error))
+        self._say_leaving(signal, f"saved at step {step}")
+
+    def _give_up_saving(self, reason: str) -> None:
+        _remove_partial(self.config.run_dir)
+        self._say_leaving(self.stop.signal, f"nothing more is saved: {reason}")
+
+    def _say_leaving(self, signal: int, what: str) -> None:
+        who = name_of(signal) if signal else "another rank was told to stop"
+        self.display.say(f"{who}: {what}; leaving with exit code {EXIT_CODE}, to be started again")
+
+    def _is_hopeless(self, step: int) -> bool:
+        """Whether going back would only lead here again."""
+        is_worse = self.rollbacks == self.config.rollback_limit or step <= self.failed_at
+        return is_worse or _agreed_checkpoint(self.config, self.ranks) is None
+
+    def _roll_back(self) -> int:
+        """Load the newest checkpoint into network and head; returns its step."""
+        self.ranks.pulse.note(self.failed_at, "going back to a checkpoint", is_slow=True)
+        latest = _agreed_checkpoint(self.config, self.ranks)
+        assert latest is not None
+        state = {**self.engine.state(), "head": self.head.logical_state()}
+        checkpoint.load(latest, state, group=self.ranks.group)
+        self.engine.load_state(state)
+        step = checkpoint.read_header(latest).step
+        self.rollbacks += 1
+        self.metrics.rollbacks.inc()
+        if self.records is not None:
+            self.records = Records(self.config.run_dir, step)
+            self.records.write("rollback", step, failed_step=self.failed_at, time_s=time.time())
+        self.display.say(f"{self.skips_in_a_row} steps in a row were skipped: back to {latest}")
+        self.skips_in_a_row = 0
+        return step
 
     def _is_due(self, done: int, every_steps: int) -> bool:
         return done == self.steps or done % every_steps == 0
 
-    def _step(self, step: int, loader: Loader, pace: Pace) -> None:
+    def _step(self, step: int, loader: Loader, pace: Pace, *, is_slow: bool) -> Outcome:
+        rate = self._rate(step)
+        seed_dropout(self.config.seed, step, self.ranks.rank)
+        batches = pace.waiting_for(islice(loader, self.share.accumulation))
+        outcome = train_step(
+            self.engine,
+            self.head,
+            self._noted(step, batches, is_slow),
+            step=step,
+            label_N=loader.labels_of_step(step) if self.config.head.sample_rate < 1 else None,
+            accumulation=self.share.accumulation,
+            learning_rate=rate,
+            signal=self.stop.signal,
+            group=self.ranks.group,
+        )
+        step_s = pace.step_done(step + 1, outcome.loss, rate)
+        self.metrics.step_done(step + 1, self.share.global_batch, rate, step_s)
+        self.display.advance(step + 1)
+        if outcome.is_skipped:
+            self.skips_in_a_row += 1
+            self.skipped.add(step + 1)
+            self.metrics.step_skipped()
+        else:
+            self.skips_in_a_row = 0
+        return outcome
+
+    def _rate(self, step: int) -> float:
         optimizer = self.config.optimizer
-        rate = learning_rate(
+        return learning_rate(
             step,
             peak=optimizer.learning_rate,
             warmup_steps=optimizer.warmup_steps,
             steps=self.steps,
             power=optimizer.power,
         )
-        seed_dropout(self.config.seed, step, self.ranks.rank)
-        outcome = train_step(
-            self.engine,
-            self.head,
-            pace.waiting_for(islice(loader, self.share.accumulation)),
-            step=step,
-            label_N=loader.labels_of_step(step) if self.config.head.sample_rate < 1 else None,
-            accumulation=self.share.accumulation,
-            learning_rate=rate,
-            group=self.ranks.group,
-        )
-        step_s = pace.step_done(step + 1, outcome.loss, rate)
-        self.metrics.step_done(step + 1, self.share.global_batch, rate, step_s)
-        self.display.advance(step + 1)
-        self._count_skips(step + 1, outcome, rate, pace)
 
-    def _count_skips(self, step: int, outcome: Outcome, rate: float, pace: Pace) -> None:
-        """Raise ValueError, on all ranks alike, if too many steps in a row could not be taken."""
-        if not outcome.is_skipped:
-            self.skips_in_a_row = 0
-            return
-        self.skips_in_a_row += 1
-        self.skipped.add(step)
-        self.metrics.step_skipped()
-        if self.skips_in_a_row == self.config.skip_limit:
-            self._look(pace)
-            raise ValueError(_diagnosis(step, self.skips_in_a_row, float(outcome.loss), rate, self.config))
+    def _noted(self, step: int, batches: Iterable[Batch], is_slow: bool) -> Iterator[Batch]:
+        """Pass the batches on and tell the watchdog whether they are waited for."""
+        iterator, pulse = iter(batches), self.ranks.pulse
+        while True:
+            pulse.note(step, "waiting for images", is_slow=is_slow)
+            batch = next(iterator, None)
+            pulse.note(step, "computing", is_slow=is_slow)
+            if batch is None:
+                return
+            yield batch
 
     def _loader(self, first_step: int) -> Loader:
         return Loader(
@@ -271,6 +386,7 @@ class _Training:
         self.display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
 
     def _save(self, step: int) -> None:
+        self.ranks.pulse.note(step, "saving", is_slow=True)
         started = time.monotonic()
         self.engine.synchronize_statistics()
         header = checkpoint.Header(
@@ -288,7 +404,7 @@ class _Training:
 
     def _evaluate(self, step: int) -> None:
         self.engine.synchronize_statistics()
-        self.results = self.pairs.evaluate(self.engine.embed)
+        self.results = self.pairs.evaluate(lambda images_BCHW: self._embed(step, images_BCHW))
         for name, result in self.results.items():
             if self.records is not None:
                 self.records.write("evaluation", step, set=name, time_s=time.time(), **result.summary())
@@ -296,13 +412,27 @@ class _Training:
                 f"step {step}: {name} accuracy {result.accuracy:.2%} +- {result.accuracy_std:.2%}"
             )
 
+    def _embed(self, step: int, images_BCHW: torch.Tensor) -> torch.Tensor:
+        self.ranks.pulse.note(step, "evaluating", is_slow=True)
+        return self.engine.embed(images_BCHW)
 
-def _diagnosis(step: int, skips: int, loss: float, rate: float, config: RunConfig) -> str:
+
+def _remove_partial(run_dir: Path) -> None:
+    """Remove checkpoints that are not complete. Renamed first: nobody adds to it or completes it then."""
+    for partial in (run_dir / "checkpoints").glob(".*.part"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been completed
+            os.rename(partial, partial.with_suffix(".given-up"))
+    for given_up in (run_dir / "checkpoints").glob(".*.given-up"):
+        shutil.rmtree(given_up)
+
+
+def _diagnosis(step: int, skips: int, rollbacks: int, loss: float, rate: float, config: RunConfig) -> str:
     """What to look at when nothing but skipped steps comes."""
+    again = f", nor after going back to a checkpoint ({rollbacks} times)" if rollbacks else ""
     where = "a gradient" if math.isfinite(loss) else "the loss"
     return (
         f"steps {step - skips + 1} to {step}: {where} was not finite in any of these {skips} (skip_limit), "
-        "so none was taken: training has diverged. Look at, in this order: the learning rate, "
+        f"so none was taken{again}: training has diverged. Look at, in this order: the learning rate, "
         f"{rate:.3g} now: lower optimizer.learning_rate or lengthen optimizer.warmup_steps; the labels: "
         f"identities mixed up in {', '.join(map(str, config.data.path))} "
         "let the loss rise until it breaks; head.scale, "

@@ -23,6 +23,11 @@ class Metrics:
             "Steps skipped by all ranks, as a loss or gradient was not finite",
             registry=registry,
         )
+        self.rollbacks = Counter(
+            "lgaf_rollbacks",
+            "Times the run went back to a checkpoint, after skipped steps",
+            registry=registry,
+        )
         self._samples = Counter("lgaf_samples", "Images trained on, over all ranks", registry=registry)
         self._step = Gauge("lgaf_step", "Number of steps the run has done", registry=registry)
         self._loss = Gauge("lgaf_loss", "Mean loss over all ranks, as last looked at", registry=registry)

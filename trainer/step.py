@@ -5,7 +5,8 @@
 A step is as many rounds of this as there are micro-batches; then both optimizers move, once, or neither does.
 What is not finite on one rank is agreed on without a message of its own: a loss is the same on all ranks and
 spoils the gradient that leaves the head, a bad gradient of one rank spoils its backbone's, and that spoils
-the average over the ranks, which the engine looks at on all of them.
+the average over the ranks, which the engine looks at on all of them. So is a signal to stop, which travels
+with the norms.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ _DROPOUT_STREAM = 3
 
 
 class Outcome(NamedTuple):
-    """The mean loss over all samples of all ranks, and whether the step was skipped; alike on all ranks."""
+    """The mean loss over all samples of all ranks, whether the step was skipped, and the gravest signal that
+    a rank had had when the step began, 0 if none; alike on all ranks."""
 
     loss: torch.Tensor
     is_skipped: bool
+    signal: int
 
 
 def train_step(
@@ -42,11 +45,13 @@ def train_step(
     label_N: torch.Tensor | None,
     accumulation: int,
     learning_rate: float,
+    signal: int = 0,
     group: dist.ProcessGroup,
 ) -> Outcome:
     """Train on `accumulation` micro-batches.
 
     label_N: the labels of the whole step, of all ranks; only a head that samples classes needs them.
+    signal: of this rank; the outcome has that of all ranks.
 
     Raises ValueError, naming the sample, for a label outside the classes.
     """
@@ -56,7 +61,8 @@ def train_step(
     norms = []
     for number, batch in enumerate(batches):
         features = engine.forward(batch.images_BCHW)
-        gathered = collectives.gather(features.emb_BD.detach(), batch.label_B, features.norm_BK, group)
+        norm_BK1 = torch.nn.functional.pad(features.norm_BK, (0, 1), value=signal)
+        gathered = collectives.gather(features.emb_BD.detach(), batch.label_B, norm_BK1, group)
         try:
             micro_loss, grad_GD = head.forward_backward(
                 gathered.emb_GD, gathered.label_G, share=1 / accumulation
@@ -68,12 +74,16 @@ def train_step(
         engine.backward(features.emb_BD, collectives.scatter(grad_GD, group))
         loss += micro_loss / accumulation
         norms.append(gathered.norm_GK)
-    if not engine.step(learning_rate):
+    norm_GK1 = torch.cat(norms)
+    is_done = engine.step(learning_rate)
+    # The engine has waited for the device already, and the head not yet kept it busy.
+    agreed_signal = int(norm_GK1[:, -1].max())
+    if not is_done:
         head.skip_step()
-        return Outcome(loss, is_skipped=True)
+        return Outcome(loss, True, agreed_signal)
     head.step(learning_rate)
-    engine.model.update_statistics(torch.cat(norms))
-    return Outcome(loss, is_skipped=False)
+    engine.model.update_statistics(norm_GK1[:, :-1])
+    return Outcome(loss, False, agreed_signal)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -241,8 +241,8 @@ def faulty():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_all_ranks_skip_what_is_not_finite_on_one_and_nothing_moves(faulty, stage):
     for outcomes, after_faults, without_faults in (ranks[stage] for ranks in faulty):
-        assert [is_skipped for _, is_skipped in outcomes] == [True, True, True]
-        assert [loss.isfinite().item() for loss, _ in outcomes] == [False, False, True]
+        assert [is_skipped for _, is_skipped, _ in outcomes] == [True, True, True]
+        assert [loss.isfinite().item() for loss, *_ in outcomes] == [False, False, True]
         assert after_faults.keys() == without_faults.keys()
         for name, tensor in without_faults.items():
             assert tensor.isfinite().all(), name

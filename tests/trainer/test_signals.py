@@ -1,0 +1,140 @@
+"""A run that is told to stop saves, says so once and leaves with 75; started again, it loses nothing."""
+
+import os
+import re
+import signal
+import sys
+import textwrap
+
+import pytest
+
+from tests.trainer.conftest import command, losses, run, train_words
+from tests.trainer.processes import children, start, wait_for
+from trainer.signals import EXIT_CODE, StopRequest, name_of
+
+STEPS = 12
+# Far apart: what is saved in between was saved because of the signal.
+OPTIONS = (
+    f"steps={STEPS}",
+    "checkpoint.every_steps=1000",
+    "evaluation.every_steps=1000",
+    "evaluation.sets=[]",
+    "log_every_steps=1",
+)
+
+
+@pytest.fixture(scope="module")
+def straight(faces, tmp_path_factory):
+    """One rank, start to end."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    done = run(*train_words(run_dir, faces, *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    return losses(run_dir)
+
+
+def steps_recorded(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count('"train"') if metrics.exists() else 0
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(number, straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    words = train_words(run_dir, faces, *OPTIONS)
+    with start(command(*words)) as process:
+        wait_for(lambda: steps_recorded(run_dir) >= 2, process)
+        process.send_signal(number)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE, said
+    found = re.findall(rf"{name_of(number)}: saved at step (\d+); leaving with exit code 75", said)
+    assert len(found) == 1, said
+    assert checkpoints(run_dir) == [f"step-{int(found[0]):08d}"]
+    assert list(losses(run_dir)) == list(range(1, int(found[0]) + 1))
+    again = run(*words)
+    assert again.returncode == 0, again.stderr
+    assert losses(run_dir) == straight
+
+
+@pytest.mark.parametrize("whom", ["torchrun", "one rank"])
+def test_two_ranks_agree_when_torchrun_or_one_of_them_is_told_to_stop(whom, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    with start(command(*train_words(run_dir, faces, *OPTIONS, "steps=100000"), ranks=2)) as process:
+        wait_for(lambda: steps_recorded(run_dir) >= 2, process)
+        os.kill(process.pid if whom == "torchrun" else children(process)[1], signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert said.count("SIGTERM: saved at step") == 1, said
+    # One that was told by torchrun and one that was not: both leave in order.
+    assert "lgaf: rank" not in said
+    if whom == "one rank":
+        assert len(re.findall(rf"exitcode *: {EXIT_CODE}\b", said)) >= 1, said
+    assert re.fullmatch(r"step-\d{8}", " ".join(checkpoints(run_dir)))
+
+
+def test_a_checkpoint_that_is_not_done_by_the_deadline_is_given_up(faces, tmp_path):
+    run_dir = tmp_path / "run"
+    options = (*OPTIONS, "checkpoint.every_steps=2", "checkpoint.deadline_s=1", "steps=100000")
+    words = train_words(run_dir, faces, *options)
+    slow = """
+        import time, torch.distributed.checkpoint as dcp
+        from trainer import signals
+        from trainer.__main__ import main
+        take, save = signals.StopRequest._note, dcp.save
+        told = []
+        def note(self, *arguments):
+            told.append(1)
+            take(self, *arguments)
+        def slowly(*arguments, **named):
+            save(*arguments, **named)
+            if told:
+                time.sleep(60)
+        signals.StopRequest._note, dcp.save = note, slowly
+        main()
+    """
+    with start([sys.executable, "-c", textwrap.dedent(slow), *words]) as process:
+        wait_for(lambda: steps_recorded(run_dir) >= 3, process)
+        process.send_signal(signal.SIGUSR1)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE, said
+    assert len(re.findall(r"SIGUSR1: nothing more is saved: there was no time for it", said)) == 1, said
+    kept = checkpoints(run_dir)
+    assert kept
+    assert all(re.fullmatch(r"step-\d{7}[02468]", name) for name in kept), kept
+
+
+def test_a_checkpoint_that_fails_while_leaving_is_given_up_by_all_ranks(faces, tmp_path):
+    run_dir = tmp_path / "run"
+    words = train_words(run_dir, faces, *OPTIONS, "steps=100000")
+    full = """
+        import torch.distributed as dist, torch.distributed.checkpoint as dcp
+        from trainer.__main__ import main
+        def fail(*arguments, **named):
+            raise OSError("the disk is full")
+        if dist.is_available() and __import__("os").environ["RANK"] == "1":
+            dcp.save = fail
+        main()
+    """
+    script = tmp_path / "full.py"
+    script.write_text(textwrap.dedent(full))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with start([*launcher, script, *words]) as process:
+        wait_for(lambda: steps_recorded(run_dir) >= 2, process)
+        os.kill(children(process)[0], signal.SIGUSR1)
+        _, said = process.communicate(timeout=60)
+    assert len(re.findall(r"SIGUSR1: nothing more is saved: ", said)) == 1, said
+    assert "lgaf: rank" not in said
+    assert checkpoints(run_dir) == []
+
+
+def test_the_gravest_of_several_signals_counts_and_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert stop.signal == 0
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
