@@ -1,6 +1,6 @@
 """`lgaf submit`: put a training run into a Slurm queue through submitit.
 
-What happens: submitit writes a batch script and a pickled call of `trainer.job.train` into the log folder and
+What happens: submitit writes a batch script and a pickled call of `slurm.job.train` into the log folder and
 hands the script to sbatch; the job's number and logs are printed. On the cluster every task makes that call,
 in the folder the command was given in; all nodes must share it and the log folder.
 """
@@ -15,6 +15,8 @@ from submitit.core.utils import FailedJobError
 from typer import Argument, Exit, Option, echo
 
 POLL_S = 5.0
+# Before the time limit, as in the batch script.
+SIGNAL_DELAY_S = 120
 
 Config = Annotated[Path, Argument(help="configuration file, as for `lgaf train`")]
 Nodes = Annotated[int, Option(help="number of nodes", min=1)]
@@ -56,8 +58,9 @@ def submit(
         "mem_gb": mem_gb,
         "timeout_min": time_min,
         "slurm_partition": partition,
+        "slurm_signal_delay_s": min(SIGNAL_DELAY_S, 15 * time_min),
         # srun does not take over sbatch's --cpus-per-task; a dead rank would leave the others waiting.
-        "slurm_srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=1"],
+        "slurm_srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=30"],
     }
     job = _submit(config.absolute(), overrides or [], logs, resources)
     paths = job.task(0).paths
@@ -69,7 +72,7 @@ def submit(
 
 def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str, Any]) -> submitit.Job[None]:
     # As above.
-    from trainer.job import train
+    from slurm.job import train
 
     if not shutil.which("sbatch"):
         raise ValueError(

@@ -7,7 +7,9 @@
 #       slurm/train_webface42m.sh configs/demo.toml                    another shape, without GPUs
 #
 # Options before the script's name are sbatch's and win over the lines below; words after it go to `lgaf train`.
-# The ranks find each other by themselves from what srun tells them.
+# The ranks find each other by themselves from what srun tells them. Two minutes before the time limit they get
+# SIGUSR1, save and leave with exit code 75, upon which the job queues again and goes on from there; so does
+# `scancel --signal=USR1 JOB` (whereas a plain `scancel JOB` saves and ends it).
 #SBATCH --job-name=lgaf
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -16,6 +18,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue
+#SBATCH --signal=USR1@120
 #SBATCH --output=logs/%x-%j.log
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -40,5 +43,12 @@ fi
 lgaf=$root/.venv/bin/lgaf
 [[ -x $lgaf ]] || lgaf=$(command -v lgaf) || fail "expected $root/.venv (make install) or lgaf on the PATH, found neither"
 
-# srun does not take over sbatch's --cpus-per-task; without the flag a dead rank would leave the others waiting.
-exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "$lgaf" train "$config" "$@"
+# srun does not take over sbatch's --cpus-per-task. A rank that ends leaves the others half a minute to say which
+# one it was, or to leave with the same code: the highest is srun's.
+code=0
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=30 "$lgaf" train "$config" "$@" || code=$?
+if [[ $code -eq 75 ]]; then
+  echo "train_webface42m.sh: stopped and saved; the job queues again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -26,7 +26,7 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
     with StopRequest() as stop, join() as ranks:
         stopped_by = run(load(config, overrides), ranks, stop)
     if stopped_by:
-        raise Stopped(stopped_by)
+        raise Stopped(stopped_by, is_first=ranks.is_first)
 
 
 def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, VerificationResult] | None:

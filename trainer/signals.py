@@ -2,7 +2,7 @@
 
     with StopRequest() as stop:
         stop.signal          the number of the gravest signal so far, 0 if none; every step takes it along
-    raise Stopped(number)    once the state is saved and the ranks have parted
+    raise Stopped(...)       once the state is saved and the ranks have parted
 
 Nothing happens inside a handler, and a second signal only sets the flag again. Whoever sent the first will
 not wait for ever: a thread ends the process at the deadline, whatever it is doing then.
@@ -27,11 +27,14 @@ _POLL_S = 0.1
 
 
 class Stopped(SystemExit):
-    """The run was told to stop by signal `number` and has done so: an exit, not a failure."""
+    """The run was told to stop by signal `number` and has done so: an exit, not a failure.
 
-    def __init__(self, number: int) -> None:
+    `is_first` on rank 0, which does what is to be done once.
+    """
+
+    def __init__(self, number: int, *, is_first: bool) -> None:
         super().__init__(EXIT_CODE)
-        self.number = number
+        self.number, self.is_first = number, is_first
 
 
 def name_of(number: int) -> str:

@@ -122,7 +122,8 @@ class Pulse:
         before = self._read_all()
         time.sleep(_DIAGNOSIS_S)
         after = self._read_all()
-        silent = [r for r in after if after[r].beat == before[r].beat and not after[r].has_left]
+        others = [rank for rank in after if rank != self._rank and not after[rank].has_left]
+        silent = [rank for rank in others if after[rank].beat == before[rank].beat]
         if silent:
             return "; ".join(f"rank {r} is dead or stopped; it was last seen {after[r]}" for r in silent)
         least = min(after, key=lambda r: after[r].progress)

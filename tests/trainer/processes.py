@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.trainer.conftest import environment
 
@@ -35,3 +43,26 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], ti
             raise AssertionError(f"the run ended too early:\n{process.communicate()[1]}")
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def patched(folder: Path, code: str, *, ranks: int = 1) -> list[str | Path]:
+    """`lgaf`, alone or under torchrun, in processes that run `code` first: how a test injects a fault."""
+    script = folder / "patched.py"
+    script.write_text(textwrap.dedent(code) + "\nfrom trainer.__main__ import main\nmain()\n")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *(launcher if ranks > 1 else []), script]
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill torchrun and its ranks, which are not its process group."""
+    for pid in [*children(process), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def state_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its name, whole."""
+    dcp_to_torch_save(checkpoint, folder / "state.pt")
+    parts = torch.load(folder / "state.pt", weights_only=True)
+    return {f"{part}.{name}": tensor for part, group in parts.items() for name, tensor in group.items()}

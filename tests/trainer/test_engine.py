@@ -67,7 +67,8 @@ def new_engine(stage, model=None, momentum=None, precision="fp32"):
 
 
 def trained_at_all_stages(rank):
-    """For each stage: the state after all steps, and the same with a new engine made in between."""
+    """For each stage: the state after all steps, and the same with a new engine made in between, and with the
+    state in between loaded again."""
     found = {}
     for stage in (0, 1, 2, 3):
         engine = new_engine(stage)
@@ -80,8 +81,10 @@ def trained_at_all_stages(rank):
         model.load_state_dict({**model.state_dict(), **state["backbone_weight"]})
         again = new_engine(stage, model, state["backbone_momentum"])
         train(again, rank, range(1, STEPS))
+        engine.load_state(state)
+        train(engine, rank, range(1, STEPS))
         image = next(micro_batches(0))[0]
-        found[stage] = fresh, straight, copied(again.state()), again.embed(image)
+        found[stage] = fresh, straight, copied(again.state()), again.embed(image), copied(engine.state())
     return found
 
 
@@ -129,7 +132,7 @@ def plain():
 def test_ranks_equal_one_plain_process(by_rank, plain, stage):
     model, weights, momenta = plain
     for found in by_rank:
-        _, straight, _, embedded = found[stage]
+        _, straight, _, embedded, _ = found[stage]
         for name, weight in weights.items():
             torch.testing.assert_close(
                 straight["backbone_weight"][name], weight.detach(), rtol=1e-5, atol=1e-6
@@ -146,9 +149,11 @@ def test_ranks_equal_one_plain_process(by_rank, plain, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_state_taken_between_steps_goes_on_to_the_same_bits(by_rank, stage):
     for found in by_rank:
-        _, straight, again, _ = found[stage]
+        _, straight, again, _, back = found[stage]
         for part in ("backbone_weight", "backbone_momentum"):
-            assert all(torch.equal(again[part][name], t) for name, t in straight[part].items())
+            for name, tensor in straight[part].items():
+                assert torch.equal(again[part][name], tensor)
+                assert torch.equal(back[part][name], tensor)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

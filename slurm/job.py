@@ -1,0 +1,32 @@
+"""What every task of a job does that `lgaf submit` has submitted: train, and queue again if told to stop.
+
+submitit would requeue on SIGUSR2 itself, but at once and from inside the handler of rank 0. The trainer's own
+handlers replace its, so that the ranks save together first; here the job is then put back into the queue,
+where submitit's batch script makes the same call again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import job
+from trainer.signals import Stopped
+
+# With a signal to terminate, Slurm requeues the job or cancels it by itself.
+_REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+def train(config: Path, overrides: Sequence[str] = ()) -> None:
+    """As `trainer.job.train`, but a run that was told to stop by SIGUSR1 or SIGUSR2 is requeued."""
+    try:
+        job.train(config, overrides)
+    except Stopped as stopped:
+        if stopped.is_first and stopped.number in _REQUEUE:
+            print("lgaf: the job queues again", file=sys.stderr, flush=True)
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        raise

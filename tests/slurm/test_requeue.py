@@ -1,0 +1,130 @@
+"""On a real Slurm of two nodes: a job that is told to stop is requeued and loses nothing.
+
+Each life of a job takes about 10 s, its way back into the queue as long.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "slurm/train_webface42m.sh"
+DEMO = "configs/demo.toml"
+STEPS = 40
+JOB_TIMEOUT_S = 240
+SMALL_DATA = ("identities=20", "images_per_identity=8", "held_out_identities=8", "pairs=60")
+SMALL_RUN = (
+    f"steps={STEPS}",
+    "backbone.width=8",
+    "data.image_size=48",
+    "global_batch=32",
+    "log_every_steps=1",
+    "evaluation.sets=[]",
+    "checkpoint.every_steps=1000",
+    "metrics.port=0",
+)
+TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
+
+
+def options(*values):
+    return [word for value in values for word in ("--set", str(value))]
+
+
+def python(*words, env=None):
+    done = subprocess.run(
+        (sys.executable, "-m", *map(str, words)), cwd=ROOT, env=env, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(run_dir):
+    """Step -> loss, from what the trainer wrote."""
+    file = run_dir / "metrics.jsonl"
+    records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # As torchrun sets it: the order of a floating-point sum depends on the number of threads.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    python("trainer", "data", "synth", folder, *options(*SMALL_DATA))
+    return options(f"data.path={folder}", *SMALL_RUN)
+
+
+@pytest.fixture(scope="module")
+def straight(run_options, tmp_path_factory):
+    """The losses of two ranks that nobody disturbs."""
+    run_dir = tmp_path_factory.mktemp("torchrun") / "run"
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer")
+    python(*torchrun, "train", DEMO, *run_options, *options(f"run_dir={run_dir}"))
+    found = losses(run_dir)
+    assert len(found) == STEPS
+    return found
+
+
+def wait_for_steps(cluster, run_dir, job, log):
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    while len(losses(run_dir)) < 3:
+        assert time.monotonic() < deadline, (
+            log.read_text(),
+            cluster.command("scontrol", "show", "job", str(job)),
+        )
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["scancel --signal=USR1", "scontrol requeue"])
+def test_the_batch_script_is_requeued_and_goes_on(how, slurm_cluster, run_options, straight, tmp_path):
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    words = (f"--output={log}", SCRIPT, DEMO, *run_options, *options(f"run_dir={run_dir}"))
+    job = slurm_cluster.submit(*TWO_RANKS, *words, cwd=ROOT)
+    wait_for_steps(slurm_cluster, run_dir, job, log)
+    slurm_cluster.command(*how.split(), str(job))
+    ended = slurm_cluster.wait(job, JOB_TIMEOUT_S)
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), log.read_text()
+    said = log.read_text()
+    signal = "USR1" if "USR1" in how else "TERM"
+    saved = re.findall(rf"SIG{signal}: saved at step (\d+); leaving with exit code 75", said)
+    assert len(saved) == 1, said
+    assert f"steps {saved[0]} to {STEPS}" in said
+    assert said.count("the job queues again") == (signal == "USR1")
+    assert losses(run_dir) == straight
+
+
+def test_a_job_of_lgaf_submit_is_requeued_and_goes_on(slurm_cluster, run_options, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shape = ("--nodes", 2, "--tasks-per-node", 1, "--gpus-per-node", 0, "--logs", tmp_path / "logs")
+    words = (*shape, *run_options, *options(f"run_dir={run_dir}"))
+    printed = python("trainer", "submit", DEMO, *words, env=slurm_cluster.env)
+    job, *logs = re.match(r"job (\d+); logs.*\n  (.*)\n  (.*)\n", printed).groups()
+    wait_for_steps(slurm_cluster, run_dir, job, Path(logs[1]))
+    slurm_cluster.command("scancel", "--signal=USR2", job)
+    ended = slurm_cluster.wait(int(job), JOB_TIMEOUT_S)
+    said = "".join(Path(log).read_text() for log in logs)
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), said
+    assert len(re.findall(r"SIGUSR2: saved at step \d+; leaving with exit code 75", said)) == 1, said
+    assert losses(run_dir) == straight
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(slurm_cluster, run_options, tmp_path):
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    words = (f"--output={log}", SCRIPT, DEMO, *run_options, *options(f"run_dir={run_dir}", "steps=100000"))
+    job = slurm_cluster.submit(*TWO_RANKS, *words, cwd=ROOT)
+    wait_for_steps(slurm_cluster, run_dir, job, log)
+    slurm_cluster.command("scancel", str(job))
+    assert slurm_cluster.wait(job, JOB_TIMEOUT_S).state == "CANCELLED", log.read_text()
+    assert "the job queues again" not in log.read_text()
+    assert list((run_dir / "checkpoints").glob("step-*")), log.read_text()
