@@ -5,7 +5,7 @@ DEMO_DATA := data/demo
 # For each reader; `make fuzz FUZZ_SECONDS=600` looks longer.
 FUZZ_SECONDS ?= 60
 
-.PHONY: install demo test lint fuzz clean
+.PHONY: install demo test soak lint fuzz clean
 
 install: .venv/.installed
 
@@ -20,6 +20,10 @@ demo: install
 
 test: install
 	$(BIN)/pytest
+
+# Kills ranks of a running training 50 times, for about a quarter of an hour.
+soak: install
+	$(BIN)/python -m tests.trainer.soak --kills 50
 
 lint: install
 	$(BIN)/ruff check .

@@ -158,16 +158,17 @@ class Engine:
 
     @torch.no_grad()
     def _set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Both the copy that the network computes with and the one that the optimizer moves."""
+        """Both what the network computes with and what the optimizer moves."""
         if self._stage == 3:
             part = self._own_part(parameter, value)
             safe_set_local_fp32_param(parameter, part)
             own: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             own.copy_(part)
-            return
-        parameter.copy_(value)
-        if self._stage > 0:
+        elif self._stage > 0:
             safe_set_full_fp32_param(parameter, value)
+        # At stage 3 only small tensors are kept whole; the others are empty between the steps.
+        if parameter.shape == value.shape:
+            parameter.copy_(value)
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)

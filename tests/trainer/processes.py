@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -29,7 +30,7 @@ def start(words: Sequence[str | Path], **variables: str) -> subprocess.Popen[str
     )
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
+def children(process: subprocess.Popen[Any]) -> list[int]:
     """Process numbers of torchrun's ranks, lowest first."""
     listed = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True)
     return sorted(map(int, listed.stdout.split()))

@@ -23,57 +23,66 @@ from typing import NamedTuple
 import torch
 
 from data_pipeline.synthetic_set import write_set
-from tests.trainer.conftest import SMALL, command, losses, train_words
-from tests.trainer.processes import children, start, state_of
+from tests.trainer.conftest import SMALL, command, environment, losses, train_words
+from tests.trainer.processes import children, state_of
 
 STEPS_BETWEEN_KILLS = 6
 KILL_WITHIN_S = 1.5
 STARTING_S = 8.0
 AGAIN_SHARE = 0.2
-OPTIONS = ("checkpoint.every_steps=2", "evaluation.sets=[]", "log_every_steps=1", "head.sample_rate=0.5")
+OPTIONS = ("checkpoint.every_steps=1", "evaluation.sets=[]", "log_every_steps=1", "head.sample_rate=0.5")
 
 
 class Outcome(NamedTuple):
-    """Of a run: kills, those of them while a checkpoint was being written, steps done again, seconds."""
+    """Of a run: kills, those of them while a checkpoint was being written, steps computed, seconds."""
 
     kills: int
     while_saving: int
-    steps_lost: int
+    computed: int
     wall_s: float
 
 
-def disturbed(run_dir: Path, data: Path, kills: int, seed: int) -> Outcome:
-    """Train while killing; the end of the run is awaited."""
-    steps = STEPS_BETWEEN_KILLS * (kills + 1)
+def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outcome:
+    """A whole training of two ranks, of which `kills` times one is killed."""
     words = command(*train_words(run_dir, data, *OPTIONS, f"steps={steps}"), ranks=2)
-    words.insert(words.index("--standalone"), f"--max-restarts={kills + 1}")
-    dice, started, reached = random.Random(seed), time.monotonic(), []
-    saving = done = 0
-    with tempfile.TemporaryFile("w+") as log, start(words, stderr=log) as process:
-        while done < kills and process.poll() is None:
-            is_again = done > 0 and dice.random() < AGAIN_SHARE
-            if is_again:
-                time.sleep(dice.uniform(0, STARTING_S))
-            else:
-                goal = done * STEPS_BETWEEN_KILLS + 1
-                while last_step(run_dir) < goal and process.poll() is None:
-                    time.sleep(0.01)
-                time.sleep(dice.uniform(0, KILL_WITHIN_S))
-            if not (ranks := children(process)):
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(dice.choice(ranks), signal.SIGKILL)
-                saving += bool(list(run_dir.glob("checkpoints/.*.part")))
-                reached.append(last_step(run_dir))
-                done += 1
-        process.wait()
-        log.seek(0)
-        said = log.read()
-    assert process.returncode == 0, said
-    # A life that was killed before it began has done nothing, so nothing was lost.
-    first_steps = list(map(int, re.findall(r"; steps (\d+) to", said)))[1:]
-    lost = sum(max(0, end - first) for end, first in zip(sorted(set(reached)), first_steps, strict=False))
-    return Outcome(done, saving, lost, time.monotonic() - started)
+    words.insert(words.index("--standalone"), f"--max-restarts={kills}")
+    dice, started = random.Random(seed), time.monotonic()
+    reached: list[int] = []
+    lives: dict[int, int] = {}  # number of a life that began to train -> the last step it recorded
+    saving = 0
+    log = run_dir.with_suffix(".log")
+    with open(log, "w") as said:
+        process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=said)
+    while len(reached) < kills and process.poll() is None:
+        if reached and dice.random() < AGAIN_SHARE:
+            time.sleep(dice.uniform(0, STARTING_S))
+        else:
+            goal = len(reached) * STEPS_BETWEEN_KILLS + 1
+            while last_step(run_dir) < goal and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, KILL_WITHIN_S))
+        victims = children(process)
+        if len(victims) < 2:
+            continue  # torchrun is just starting them
+        is_saving = any(run_dir.glob("checkpoints/.*.part"))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(dice.choice(victims), signal.SIGKILL)
+            saving += is_saving
+            reached.append(last_step(run_dir))
+            lives[len(first_steps(log))] = reached[-1]
+            while set(victims) & set(children(process)):
+                time.sleep(0.05)
+    assert process.wait() == 0, log.read_text()
+    firsts = first_steps(log)
+    # A life that was killed before it said where it starts has computed nothing and changed nothing.
+    lives = {len(firsts): steps} | {number: end for number, end in lives.items() if 0 < number < len(firsts)}
+    computed = sum(end - firsts[number - 1] for number, end in lives.items())
+    return Outcome(len(reached), saving, computed, time.monotonic() - started)
+
+
+def first_steps(log: Path) -> list[int]:
+    """Where each life of a run began, of those that got that far."""
+    return list(map(int, re.findall(r"; steps (\d+) to", log.read_text())))
 
 
 def last_step(run_dir: Path) -> int:
@@ -99,11 +108,24 @@ def compare(disturbed_dir: Path, peaceful_dir: Path, folder: Path) -> None:
 
 
 def soak(folder: Path, data: Path, kills: int, seed: int) -> str:
-    """Both runs and the comparison; returns the line that sums it up."""
-    peaceful = disturbed(folder / "peaceful", data, 0, seed)
-    # As long as the disturbed one: its number of steps follows from the kills.
-    raise NotImplementedError(peaceful)
+    """A disturbed and a peaceful run, compared; returns what there is to say about them."""
+    steps = STEPS_BETWEEN_KILLS * (kills + 1)
+    peaceful = train(folder / "peaceful", data, steps, 0, seed)
+    disturbed = train(folder / "disturbed", data, steps, kills, seed)
+    assert disturbed.kills == kills, f"the run ended after {disturbed.kills} of {kills} kills"
+    compare(folder / "disturbed", folder / "peaceful", folder)
+    return (
+        f"{kills} kills, {disturbed.while_saving} of them while saving: the same losses and final state; "
+        f"useful: {steps / disturbed.computed:.0%} of the {disturbed.computed} steps computed, "
+        f"{peaceful.wall_s / disturbed.wall_s:.0%} of {disturbed.wall_s:.0f} s"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        write_set(Path(temporary) / "set", SMALL)
+        print(soak(Path(temporary), Path(temporary) / "set", given.kills, given.seed))

@@ -19,7 +19,7 @@ def load(*overrides):
 def test_the_recipes_are_valid(path):
     config = settings.load(RunConfig, path)
     assert config.backbone.name == "lgaf"
-    assert config.total_steps(records=1_000_000) > 0
+    assert config.total_steps(images=1_000_000) > 0
 
 
 def test_an_unknown_key_is_named_with_the_nearest_valid_one():
