@@ -24,12 +24,12 @@ from data_pipeline.remote_loader import RemoteLoader
 
 
 class Place(NamedTuple):
-    """Where a loader runs and begins; `cursor_W2` is that of the run's checkpoint, None without one."""
+    """Where a loader runs and begins; `cursor` [ranks, 2] is that of a checkpoint, None without one."""
 
     share: Share
     seed: int
     first_step: int
-    cursor_W2: np.ndarray | None
+    cursor: list[list[int]] | None
     ranks_on_node: int
     device_id: int | None
 
@@ -113,7 +113,8 @@ class RemoteSource:
     def loader(
         self, place: Place, quarantine: Quarantine, gather_labels: Callable[[torch.Tensor], torch.Tensor]
     ) -> RemoteLoader:
-        cursor_W2 = first_cursor(place.share.world_size) if place.cursor_W2 is None else place.cursor_W2
+        new = first_cursor(place.share.world_size)
+        cursor_W2 = new if place.cursor is None else np.array(place.cursor, np.int64)
         return RemoteLoader(
             self._config,
             self._urls,

@@ -61,6 +61,7 @@ class Header:
     config: dict[str, Any]
     dataset: dict[str, int]
     versions: dict[str, str]
+    cursor: list[list[int]] | None = None  # of a stream of shards, a row for each rank
 
 
 def backbone_state(model: nn.Module) -> State:

@@ -167,7 +167,7 @@ class RunConfig(Strict):
         return files_by_name([self._in_data(path) for path in self.evaluation.sets])
 
     def _in_data(self, path: Path) -> Path:
-        candidates = [folder / path for folder in self.data.path]
+        candidates = [folder / path for folder in self.data.path] or [path]
         return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 

@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.loader import Batch, Loader, Share
 from data_pipeline.quarantine import Quarantine
+from data_pipeline.remote_loader import RemoteLoader
+from data_pipeline.source import Place, Source, open_source
 from partial_fc.head import PartialFC
 from trainer import backbones, checkpoint
 from trainer.config import RunConfig, differences, micro_batch
@@ -57,7 +58,7 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     ranks.pulse.limit(config.watchdog.timeout_s)
     micro = micro_batch(config, ranks.world_size)
     share = Share(ranks.rank, ranks.world_size, config.global_batch, micro)
-    catalog = open_catalog(config.data.path, config.data.num_classes, config.data.catalog_dir)
+    source = open_source(config.data)
     pairs = PairSets(
         config.verification_files(),
         image_size=config.data.image_size,
@@ -67,17 +68,17 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     if ranks.is_first:
         _make_run_dir(config.run_dir)
         _remove_partial(config.run_dir)
-    first_step, engine, head = _open_model(config, catalog, ranks, micro)
+    first_step, cursor, engine, head = _open_model(config, source, ranks, micro)
     records = Records(config.run_dir, first_step) if ranks.is_first else None
-    steps = config.total_steps(len(catalog))
+    steps = config.total_steps(source.images)
     with Display(steps, first_step, enabled=ranks.is_first) as display:
         training = _Training(
-            config, ranks, stop, share, catalog, pairs, engine, head, records, display, steps
+            config, ranks, stop, share, source, pairs, engine, head, records, display, steps, cursor
         )
         stopped_by = training.execute(first_step)
     if not stopped_by and ranks.is_first:
         ranks.pulse.note(steps, "writing the report", is_slow=True)
-        conclude(config, catalog, pairs.sets, training.results, ranks)
+        conclude(config, source, pairs.sets, training.results, ranks)
     return stopped_by
 
 
@@ -93,14 +94,14 @@ def _make_run_dir(run_dir: Path) -> None:
 
 
 def _open_model(
-    config: RunConfig, catalog: Catalog, ranks: Ranks, micro: int
-) -> tuple[int, Engine, PartialFC]:
-    """Network and head as they were when the run was last saved, or new; and the steps done by then."""
+    config: RunConfig, source: Source, ranks: Ranks, micro: int
+) -> tuple[int, list[list[int]] | None, Engine, PartialFC]:
+    """Steps done when the run was last saved, the stream's cursor, network and head as they were; or new."""
     torch.manual_seed(config.seed)
     model = backbones.build(config.backbone, config.data.image_size).to(ranks.device)
     head = PartialFC(
         config.head,
-        num_classes=catalog.num_classes,
+        num_classes=source.num_classes,
         embedding_size=model.embedding_size,
         seed=config.seed,
         group=ranks.group,
@@ -108,14 +109,14 @@ def _open_model(
     )
     network = checkpoint.backbone_state(model)
     momentum = {name: torch.zeros_like(tensor) for name, tensor in network["backbone_weight"].items()}
-    first_step = 0
+    first_step, cursor = 0, None
     latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
         header = checkpoint.read_header(latest)
-        _refuse_changes(config, catalog, header)
+        _refuse_changes(config, source, header)
         state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
         checkpoint.load(latest, state, group=ranks.group)
-        first_step = header.step
+        first_step, cursor = header.step, header.cursor
     engine = Engine(
         model,
         config.engine,
@@ -125,7 +126,7 @@ def _open_model(
         device=ranks.device,
         momentum=momentum,
     )
-    return first_step, engine, head
+    return first_step, cursor, engine, head
 
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
@@ -137,7 +138,7 @@ def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
     return found[0]
 
 
-def _refuse_changes(config: RunConfig, catalog: Catalog, header: checkpoint.Header) -> None:
+def _refuse_changes(config: RunConfig, source: Source, header: checkpoint.Header) -> None:
     try:
         # Keys that are newer than the checkpoint had their defaults then.
         before = RunConfig.model_validate(header.config).model_dump(mode="json")
@@ -145,7 +146,7 @@ def _refuse_changes(config: RunConfig, catalog: Catalog, header: checkpoint.Head
         before = header.config
     changed = differences(
         {**before, "dataset": header.dataset},
-        {**config.model_dump(mode="json"), "dataset": catalog.identity},
+        {**config.model_dump(mode="json"), "dataset": source.identity},
     )
     if changed:
         raise ValueError(
@@ -163,15 +164,16 @@ class _Training:
         ranks: Ranks,
         stop: StopRequest,
         share: Share,
-        catalog: Catalog,
+        source: Source,
         pairs: PairSets,
         engine: Engine,
         head: PartialFC,
         records: Records | None,
         display: Display,
         steps: int,
+        cursor: list[list[int]] | None,
     ) -> None:
-        self.config, self.ranks, self.share, self.catalog, self.pairs = config, ranks, share, catalog, pairs
+        self.config, self.ranks, self.share, self.source, self.pairs = config, ranks, share, source, pairs
         self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
         self.stop, self.metrics = stop, Metrics()
         self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
@@ -180,6 +182,7 @@ class _Training:
         self.rollbacks, self.failed_at = 0, 0
         self.skipped: set[int] = set()  # since the last look
         self.results: dict[str, VerificationResult] = {}
+        self.cursor = cursor  # where all ranks stood in a stream at the last checkpoint
 
     def execute(self, first_step: int) -> int:
         """All steps from `first_step` on; evaluates before the first and after the last.
@@ -189,7 +192,7 @@ class _Training:
         if self.ranks.is_first_on_node:
             serve(self.metrics, self.config.metrics)
         self.display.say(
-            f"{len(self.catalog)} images of {self.catalog.num_classes} identities; "
+            f"{self.source.images or 'streamed'} images of {self.source.num_classes} identities; "
             f"{self.ranks.world_size} ranks on {self.ranks.device.type}, "
             f"{self.share.accumulation} x {self.share.micro_batch} images each; "
             f"steps {first_step} to {self.steps}"
@@ -209,9 +212,9 @@ class _Training:
 
     def _steps_from(self, first_step: int) -> int:
         """Steps until a signal, whose number is returned, the last step, or too many skips in a row."""
-        loader, pace = self._loader(first_step), Pace()
+        self.loader, pace = self._loader(first_step), Pace()
         for step in range(first_step, self.steps):
-            outcome = self._step(step, loader, pace, is_slow=step == first_step)
+            outcome = self._step(step, self.loader, pace, is_slow=step == first_step)
             done = step + 1
             is_too_much = self.skips_in_a_row == self.config.skip_limit
             is_save_due = self._is_due(done, self.config.checkpoint.every_steps)
@@ -286,7 +289,8 @@ class _Training:
         state = {**self.engine.state(), "head": self.head.logical_state()}
         checkpoint.load(latest, state, group=self.ranks.group)
         self.engine.load_state(state)
-        step = checkpoint.read_header(latest).step
+        header = checkpoint.read_header(latest)
+        step, self.cursor = header.step, header.cursor
         self.rollbacks += 1
         self.metrics.rollbacks.inc()
         if self.records is not None:
@@ -299,7 +303,7 @@ class _Training:
     def _is_due(self, done: int, every_steps: int) -> bool:
         return done == self.steps or done % every_steps == 0
 
-    def _step(self, step: int, loader: Loader, pace: Pace, *, is_slow: bool) -> Outcome:
+    def _step(self, step: int, loader: Loader | RemoteLoader, pace: Pace, *, is_slow: bool) -> Outcome:
         rate = self._rate(step)
         seed_dropout(self.config.seed, step, self.ranks.rank)
         batches = pace.waiting_for(islice(loader, self.share.accumulation))
@@ -346,17 +350,23 @@ class _Training:
                 return
             yield batch
 
-    def _loader(self, first_step: int) -> Loader:
-        return Loader(
-            self.config.data,
-            self.catalog,
+    def _loader(self, first_step: int) -> Loader | RemoteLoader:
+        place = Place(
             self.share,
-            seed=self.config.seed,
-            first_step=first_step,
-            ranks_on_node=self.ranks.placement.local_world_size,
-            device_id=self.ranks.device_id,
-            quarantine=self.quarantine,
+            self.config.seed,
+            first_step,
+            self.cursor,
+            self.ranks.placement.local_world_size,
+            self.ranks.device_id,
         )
+        return self.source.loader(place, self.quarantine, self._gathered)
+
+    def _gathered(self, number_N: torch.Tensor) -> torch.Tensor:
+        """The numbers of all ranks, which have equally many each: rank 0's first."""
+        number_N = number_N.to(self.ranks.device)
+        of_all = [torch.empty_like(number_N) for _ in range(self.ranks.world_size)]
+        dist.all_gather(of_all, number_N, group=self.ranks.group)
+        return torch.cat(of_all)
 
     def _look(self, pace: Pace) -> None:
         """Fetch the losses since the last look, which waits for the device, and tell everybody."""
@@ -390,7 +400,11 @@ class _Training:
         started = time.monotonic()
         self.engine.synchronize_statistics()
         header = checkpoint.Header(
-            step, self.config.model_dump(mode="json"), self.catalog.identity, checkpoint.versions()
+            step,
+            self.config.model_dump(mode="json"),
+            self.source.identity,
+            checkpoint.versions(),
+            self._cursor(),
         )
         path = checkpoint.save(
             self.config.run_dir,
@@ -401,6 +415,12 @@ class _Training:
         )
         self.metrics.checkpoint_s.observe(time.monotonic() - started)
         self.display.say(f"saved {path}")
+
+    def _cursor(self) -> list[list[int]] | None:
+        """Where all ranks stand in a stream; None where the step says it."""
+        if not isinstance(self.loader, RemoteLoader):
+            return None
+        return self._gathered(torch.tensor(self.loader.cursor)).reshape(-1, 2).tolist()
 
     def _evaluate(self, step: int) -> None:
         self.engine.synchronize_statistics()

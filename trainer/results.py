@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.catalog import Catalog
+from data_pipeline.source import Source
 from data_pipeline.synthetic_set import read_nuisances
 from data_pipeline.verification import PairSet
 from trainer import checkpoint
@@ -26,17 +26,17 @@ _EXAMPLE_PAIRS = 12
 
 def conclude(
     config: RunConfig,
-    catalog: Catalog,
+    source: Source,
     pairs: dict[str, PairSet],
     results: dict[str, VerificationResult],
     ranks: Ranks,
 ) -> None:
     """Write both from the records of the run and the results of its last evaluation."""
-    write_result(config.run_dir, _result(config, catalog, results, ranks))
+    write_result(config.run_dir, _result(config, source, results, ranks))
     write_report(
         config.run_dir,
         roc=results,
-        faces=_faces(catalog),
+        faces=source.faces(_FACES),
         config_text=json.dumps(config.model_dump(mode="json"), indent=2),
         pairs=_examples(pairs, results),
         splits=_splits(config, results),
@@ -44,7 +44,7 @@ def conclude(
 
 
 def _result(
-    config: RunConfig, catalog: Catalog, results: dict[str, VerificationResult], ranks: Ranks
+    config: RunConfig, source: Source, results: dict[str, VerificationResult], ranks: Ranks
 ) -> dict[str, Any]:
     records = read(config.run_dir)
     trained = [record for record in records if record["kind"] == "train"]
@@ -57,7 +57,7 @@ def _result(
         "verification": {name: result.summary() for name, result in results.items()},
         "samples_per_s": len(steady) and config.global_batch * len(steady) / sum(r["step_s"] for r in steady),
         "final_loss": trained[-1]["loss"] if trained else None,
-        "steps": config.total_steps(len(catalog)),
+        "steps": config.total_steps(source.images),
         "world_size": ranks.world_size,
         "device": _device_name(ranks.device),
         "versions": {"python": platform.python_version(), **checkpoint.versions()},
@@ -72,18 +72,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()})"
-
-
-def _faces(catalog: Catalog) -> list[tuple[bytes, str]]:
-    """Images from all over the dataset, two of each of some identities."""
-    chosen = []
-    for record in np.linspace(0, len(catalog) - 1, _FACES // 2).astype(int):
-        same = np.flatnonzero(catalog.label_N == catalog.label_N[record])
-        chosen += [record, next((other for other in same if other != record), record)]
-    return [
-        (catalog.image(record).tobytes(), f"identity {catalog.label_N[record]}")
-        for record in map(int, chosen)
-    ]
 
 
 def _examples(

@@ -40,6 +40,12 @@ def test_epochs_become_whole_steps():
     assert config.total_steps(42_474_557) == 207_396  # 20 x 42,474,557 / 4096 = 207,395.3
 
 
+def test_epochs_of_a_stream_are_refused():
+    config = settings.load(RunConfig, CONFIGS / "lgaf_r100_webface42m.toml")
+    with pytest.raises(ValueError, match=r"epochs: of streamed shards nobody knows .* set steps"):
+        config.total_steps(None)
+
+
 @pytest.mark.parametrize(
     ("world_size", "micro", "expected"), [(1, 64, 64), (2, 64, 64), (2, 50, 32), (4, 64, 32), (1, 1000, 128)]
 )
