@@ -61,8 +61,10 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        # After a signal the process is about to end with EXIT_CODE; another one must not change that.
+        if not self.signal:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The gravest is the highest: 15 (TERM, as a job is cancelled), 12 and 10 (USR), 2 (Ctrl-C).

@@ -128,3 +128,18 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm_cluster, run_options
     assert slurm_cluster.wait(job, JOB_TIMEOUT_S).state == "CANCELLED", log.read_text()
     assert "the job queues again" not in log.read_text()
     assert list((run_dir / "checkpoints").glob("step-*")), log.read_text()
+
+
+def test_a_job_whose_time_limit_nears_saves_and_queues_again(slurm_cluster, run_options, tmp_path):
+    # Slurm looks at limits every 30 s or so, and signals come early.
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    limits = ("--time=2", "--signal=USR1@100", f"--output={log}")
+    words = (SCRIPT, DEMO, *run_options, *options(f"run_dir={run_dir}", "steps=100000"))
+    job = slurm_cluster.submit(*TWO_RANKS, *limits, *words, cwd=ROOT)
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    while not (log.exists() and log.read_text().count("steps ") > 1):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    slurm_cluster.command("scancel", str(job))
+    saved = re.findall(r"SIGUSR1: saved at step (\d+); leaving with exit code 75", log.read_text())
+    assert f"steps {saved[0]} to 100000" in log.read_text()

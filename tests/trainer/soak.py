@@ -2,8 +2,8 @@
 
     python -m tests.trainer.soak --kills 50        or: make soak
 
-torchrun starts the ranks anew after each kill. A kill comes at a random time after the run has got a step
-further than before; every few of them, another follows while the run is starting again.
+torchrun starts the ranks anew after each kill. A kill comes after the run has got further than before: at a
+random time, or, every second one, while a checkpoint is being written; some follow while it starts again.
 """
 
 from __future__ import annotations
@@ -54,20 +54,25 @@ def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outco
     with open(log, "w") as said:
         process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=said)
     while len(reached) < kills and process.poll() is None:
-        if reached and dice.random() < AGAIN_SHARE:
+        is_again = len(reached) > 0 and dice.random() < AGAIN_SHARE
+        if is_again:
             time.sleep(dice.uniform(0, STARTING_S))
         else:
             goal = len(reached) * STEPS_BETWEEN_KILLS + 1
             while last_step(run_dir) < goal and process.poll() is None:
                 time.sleep(0.01)
-            time.sleep(dice.uniform(0, KILL_WITHIN_S))
         victims = children(process)
+        if not is_again and len(reached) % 2:
+            while not is_saving(run_dir) and process.poll() is None:
+                pass
+        elif not is_again:
+            time.sleep(dice.uniform(0, KILL_WITHIN_S))
         if len(victims) < 2:
             continue  # torchrun is just starting them
-        is_saving = any(run_dir.glob("checkpoints/.*.part"))
+        is_amid_saving = is_saving(run_dir)
         with contextlib.suppress(ProcessLookupError):
             os.kill(dice.choice(victims), signal.SIGKILL)
-            saving += is_saving
+            saving += is_amid_saving
             reached.append(last_step(run_dir))
             lives[len(first_steps(log))] = reached[-1]
             while set(victims) & set(children(process)):
@@ -78,6 +83,11 @@ def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outco
     lives = {len(firsts): steps} | {number: end for number, end in lives.items() if 0 < number < len(firsts)}
     computed = sum(end - firsts[number - 1] for number, end in lives.items())
     return Outcome(len(reached), saving, computed, time.monotonic() - started)
+
+
+def is_saving(run_dir: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(run_dir.glob("checkpoints/.*.part"))
 
 
 def first_steps(log: Path) -> list[int]:

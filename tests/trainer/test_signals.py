@@ -130,11 +130,29 @@ def test_a_checkpoint_that_fails_while_leaving_is_given_up_by_all_ranks(faces, t
     assert checkpoints(run_dir) == []
 
 
-def test_the_gravest_of_several_signals_counts_and_handlers_are_given_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def _handlers():
+    """Give back what the test changes."""
+    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_the_gravest_of_several_signals_counts_and_a_late_one_does_no_harm():
     with StopRequest() as stop:
         assert stop.signal == 0
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert stop.signal == signal.SIGTERM
+    signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_without_a_signal_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
