@@ -15,13 +15,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from data_pipeline.catalog import Catalog, open_catalog
 from data_pipeline.loader import Loader, Share
 from partial_fc.head import PartialFC
-from trainer import backbones, checkpoint
+from trainer import backbones, checkpoint, checkpoint_files
 from trainer.config import RunConfig, differences, micro_batch
 from trainer.distributed import Ranks
 from trainer.engine import Engine
@@ -32,6 +31,7 @@ from trainer.pace import Pace
 from trainer.progress import Display, Reading
 from trainer.records import Records
 from trainer.results import conclude
+from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.step import Outcome, seed_dropout, train_step
 
@@ -92,7 +92,7 @@ def _open_model(
     first_step = 0
     latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
-        header = checkpoint.read_header(latest)
+        header = checkpoint_files.read_manifest(latest).header
         _refuse_changes(config, catalog, header)
         state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
         checkpoint.load(latest, state, group=ranks.group)
@@ -110,15 +110,13 @@ def _open_model(
 
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
-    """The newest checkpoint that rank 0 sees, None if it sees none; the others must see it too."""
-    found = [checkpoint.newest(config.run_dir)] if ranks.is_first else [None]
-    dist.broadcast_object_list(found, group=ranks.group, group_src=0)
-    if found[0] is not None and not found[0].is_dir():
-        raise ValueError(f"rank 0 goes on from {found[0]}, which this rank cannot see; share run_dir")
-    return found[0]
+    """The newest whole checkpoint, None if there is none; what killed saves have left goes."""
+    if ranks.is_first:
+        checkpoint_files.clean(config.run_dir)
+    return checkpoint.newest(config.run_dir, group=ranks.group)
 
 
-def _refuse_changes(config: RunConfig, catalog: Catalog, header: checkpoint.Header) -> None:
+def _refuse_changes(config: RunConfig, catalog: Catalog, header: checkpoint_files.Header) -> None:
     try:
         # Keys that are newer than the checkpoint had their defaults then.
         before = RunConfig.model_validate(header.config).model_dump(mode="json")
@@ -154,6 +152,9 @@ class _Training:
         self.config, self.ranks, self.share, self.catalog, self.pairs = config, ranks, share, catalog, pairs
         self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
         self.metrics = Metrics()
+        self.saver = Saver(
+            config.run_dir, config.checkpoint, group=ranks.group, metrics=self.metrics, say=display.say
+        )
         self.skips_in_a_row = 0
         self.skipped: set[int] = set()  # since the last look
         self.results: dict[str, VerificationResult] = {}
@@ -171,6 +172,7 @@ class _Training:
         if first_step in (0, self.steps):
             self._evaluate(first_step)
         loader = self._loader(first_step)
+        self.saver.prepare(self._state())
         pace = Pace()
         for step in range(first_step, self.steps):
             self._step(step, loader, pace)
@@ -179,12 +181,14 @@ class _Training:
             # A checkpoint never knows of steps that the records do not.
             if is_save_due or self._is_due(done, self.config.log_every_steps):
                 self._look(pace)
+                is_save_due |= self.saver.look()
             # While steps are skipped the state may be what makes them fail: the one before is kept instead.
             if is_save_due and self.skips_in_a_row == 0:
                 self._save(done)
             if self._is_due(done, self.config.evaluation.every_steps):
                 self._evaluate(done)
             pace.leave_out_since_step()
+        self.saver.close()
 
     def _is_due(self, done: int, every_steps: int) -> bool:
         return done == self.steps or done % every_steps == 0
@@ -261,20 +265,15 @@ class _Training:
         self.display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
 
     def _save(self, step: int) -> None:
-        started = time.monotonic()
         self.engine.synchronize_statistics()
-        header = checkpoint.Header(
+        header = checkpoint_files.Header(
             step, self.config.model_dump(mode="json"), self.catalog.identity, checkpoint.versions()
         )
-        path = checkpoint.save(
-            self.config.run_dir,
-            {**self.engine.state(), "head": self.head.logical_state()},
-            header,
-            keep=self.config.checkpoint.keep,
-            group=self.ranks.group,
-        )
-        self.metrics.checkpoint_s.observe(time.monotonic() - started)
-        self.display.say(f"saved {path}")
+        self.saver.save(self._state, header, is_last=step == self.steps)
+
+    def _state(self) -> checkpoint.State:
+        """All that is to be saved; all ranks call it together."""
+        return {**self.engine.state(), "head": self.head.logical_state()}
 
     def _evaluate(self, step: int) -> None:
         self.engine.synchronize_statistics()
