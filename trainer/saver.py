@@ -86,9 +86,16 @@ class Saver:
         self._finish()
         return self._has_failed
 
-    def close(self) -> None:
-        """Wait for the save that runs, if any."""
+    def wait(self) -> None:
+        """Wait for the save that runs, if any, and take over its result."""
         self._finish()
+
+    def close(self) -> None:
+        """Wait for the save that runs, if any, and let go of the process group: nothing is saved after it."""
+        self._finish()
+        dist.destroy_process_group(self._own)
+        # Its threads end with the last reference; they must not live on when Python ends.
+        del self._own, self._mesh
 
     def _finish(self, *, is_last: bool = False) -> None:
         """Wait for the save that runs, if any; its result is counted and said or, if the last, raised."""
