@@ -10,12 +10,12 @@ from trainer import checkpoint_files as files
 from trainer.checkpoint_files import FileSum, Header
 
 
-def write(run_dir, step, content=b"tensors"):
+def write(run_dir, step, content=b"tensors", config=()):
     partial = files.begin(run_dir, step)
     (partial / "data").write_bytes(content)
     final = files.final_path(run_dir, step)
     sums = {"data": FileSum(len(content), f"{zlib.crc32(content):08x}")}
-    files.publish(partial, final, Header(step, {}, {}, {}), sums)
+    files.publish(partial, final, Header(step, dict(config), {}, {}), sums)
     return final
 
 

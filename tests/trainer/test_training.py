@@ -10,13 +10,15 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from data_pipeline import recordio
 from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.synthetic_set import write_set
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
-from trainer import checkpoint_files
+from trainer import checkpoint_files, extraction
 
 STEPS = 24
 SMALL_DISK = 128 << 10
@@ -280,6 +282,20 @@ def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
     assert json.loads(done.stdout)["held_out"]["accuracy"] == pytest.approx(expected["accuracy"], abs=0.02)
     both = run("eval", straight, "--pairs", faces / "held_out.bin", ranks=2)
     assert json.loads(both.stdout)["held_out"] == pytest.approx(json.loads(done.stdout)["held_out"])
+
+
+def test_the_network_can_be_taken_out(straight, tmp_path):
+    out = tmp_path / "network.pt"
+    done = run("checkpoint", "extract", straight, "--out", out)
+    assert done.returncode == 0, done.stderr
+    held = torch.load(out, weights_only=True)
+    assert held["step"] == STEPS
+    saved = _load_state_dict_from_keys(
+        "backbone_weight", checkpoint_id=straight / "checkpoints" / f"step-{STEPS:08d}"
+    )
+    model = extraction.load_backbone(out)
+    for name, tensor in saved["backbone_weight"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):
