@@ -2,20 +2,21 @@
 
     python benchmarks/checkpoint.py --folder DIR --json benchmarks/results/checkpoint_cpu.json
 
-One rank with a head of `--classes` x `--dim` rows and their momentum, and an iresnet of `--depth` with its own.
-The sides take turns for `--rounds` rounds, each writing into a new folder in DIR, on a disk that has nothing
-left to write; times are medians over the rounds.
+One rank with a head of `--classes` x `--dim` rows and their momentum, and an iresnet of `--depth` with its
+own. The sides take turns for `--rounds` rounds, each writing into a new folder in DIR, on a disk that has
+nothing left to write; times are medians over the rounds.
 
     raw           the same bytes from the same memory into one file, then fsync: what the disk can do
     insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank,
                   state dicts of the partial fc, the backbone and the optimizer; no fsync, as there; no sums,
                   and a kill while it writes leaves a broken file under the final name
     synchronous   trainer/checkpoint.py called by the training itself: sums, manifest, fsync, rename
-    beside        trainer/saver.py, as a training uses it: held up for the copy, written by a thread. The copy's
-                  memory is allocated before, and how long that takes is shown too
+    beside        trainer/saver.py, as a training uses it: held up for the copy, written by a thread. The
+                  copy's memory is allocated before, and how long that takes is shown too
 
-Nothing is trained meanwhile: the total of `beside` is that of a machine with a core to spare. The expected shares
-of useful time that follow come from these measurements, trainer/goodput.py, and a restart of `--restart-s`.
+Nothing is trained meanwhile: the total of `beside` is that of a machine with a core to spare. The expected
+shares of useful time that follow come from these measurements, trainer/goodput.py, and a restart that takes
+`--restart-s`.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Beside:
     """A training's saver, which keeps its copy from save to save."""
 
     def __init__(self, root: Path, state: State) -> None:
-        # The saver's run directory is fixed; each measurement moves what it left to the folder it is given.
+        # A saver writes into one run directory; what it wrote is then moved to where it is looked for.
         self._run_dir, self._state = root / "beside", state
         self._saver = Saver(
             self._run_dir, CheckpointConfig(keep=1), group=dist.group.WORLD, metrics=Metrics(), say=self._say
