@@ -1,9 +1,9 @@
 """The share of its time that a run spends on steps that last, when it fails now and then.
 
 Failures come at random with a mean time between them, M. After each, the run needs `restart_s` until it
-trains again, from its last checkpoint. Every `interval_s` of training it is held up for `hold_s`. The expected
-time from one checkpoint to the next is then, with failures also during restart and hold-up (J. T. Daly, "A
-higher order estimate of the optimum checkpoint interval for restart dumps", 2006):
+trains again, from its last checkpoint. Every `interval_s` of training it is held up for `hold_s`. The
+expected time from one checkpoint to the next is then, with failures also during restart and hold-up (J. T.
+Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006):
 
     M exp(restart / M) (exp((interval + hold) / M) - 1)
 

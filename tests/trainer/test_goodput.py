@@ -1,6 +1,8 @@
 """The share of useful time: against a simulation, and the best interval against a search."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,3 +54,18 @@ def test_the_limits():
     assert goodput(99, **rare) == pytest.approx(0.99)
     assert goodput(1e9, hold_s=1, restart_s=0, mean_time_between_failures_s=1) == pytest.approx(0)
     assert best_interval(hold_s=10, mean_time_between_failures_s=5) == 5
+
+
+def test_the_table_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| [\d.]+ h \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for processes, cells in rows:
+        mean_s = 365 * 24 * 3600 / int(processes)
+        expected = []
+        for hold_s, restart_s in ((1, 330), (30, 300)):
+            best_s = best_interval(hold_s=hold_s, mean_time_between_failures_s=mean_s)
+            share = goodput(best_s, hold_s=hold_s, restart_s=restart_s, mean_time_between_failures_s=mean_s)
+            expected += [f"{best_s:.0f} s", f"{share:.2%}"]
+        hourly = goodput(3600, hold_s=30, restart_s=300, mean_time_between_failures_s=mean_s)
+        assert [cell.strip() for cell in cells.split("|")] == [*expected, f"{hourly:.2%}"]
