@@ -111,7 +111,8 @@ def _has_manifest(checkpoint: Path) -> bool:
 
 
 def _kept_every_steps(checkpoint: Path) -> int | None:
-    every_steps: int | None = files.read_manifest(checkpoint).header.config["checkpoint"]["keep_every_steps"]
+    config = files.read_manifest(checkpoint).header.config
+    every_steps: int | None = config.get("checkpoint", {}).get("keep_every_steps")
     return every_steps
 
 

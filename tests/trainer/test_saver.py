@@ -66,6 +66,24 @@ class Run:
         return self.metrics.registry.get_sample_value("lgaf_failed_checkpoints_total")
 
 
+def all_cases(rank, folder):
+    """One start of the ranks for all of them."""
+    cases = (save_while_training, save_twice, save_while_busy, fail_and_recover)
+    return {case.__name__: case(rank, folder / case.__name__) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """Name of each case -> what it returned on each rank."""
+    found = run_ranks(all_cases, WORLD, folder)
+    return {name: [of_rank[name] for of_rank in found] for name in found[0]}
+
+
 def loaded(run):
     """The numbers in each of the run's checkpoints."""
     found = {}
@@ -88,10 +106,12 @@ def save_while_training(rank, run_dir):
     return loaded(run), run.said
 
 
-def test_a_checkpoint_is_the_state_of_its_step_though_training_went_on(tmp_path):
-    for found, said in run_ranks(save_while_training, WORLD, tmp_path):
+def test_a_checkpoint_is_the_state_of_its_step_though_training_went_on(results, folder):
+    for found, said in results["save_while_training"]:
         assert found == {step: {float(step)} for step in (10, 20, 30, 40)}
-        assert said == [f"saved {files.final_path(tmp_path, step)}" for step in (10, 20, 30, 40)]
+        assert said == [
+            f"saved {files.final_path(folder / 'save_while_training', step)}" for step in (10, 20, 30, 40)
+        ]
 
 
 def save_twice(rank, run_dir):
@@ -104,10 +124,10 @@ def save_twice(rank, run_dir):
     checkpoint.save(run_dir / "at_once", rank_state, Header(10, {}, {}, {}), keep=1, group=dist.group.WORLD)
 
 
-def test_it_is_the_same_as_one_written_at_once(tmp_path):
-    run_ranks(save_twice, WORLD, tmp_path)
+def test_it_is_the_same_as_one_written_at_once(results, folder):
     sums = [
-        files.read_manifest(files.final_path(tmp_path / name, 10)).files for name in ("beside", "at_once")
+        files.read_manifest(files.final_path(folder / "save_twice" / name, 10)).files
+        for name in ("beside", "at_once")
     ]
     tensors = [{name: one for name, one in found.items() if name.endswith(".distcp")} for found in sums]
     assert len(tensors[0]) == WORLD
@@ -129,9 +149,8 @@ def save_while_busy(rank, run_dir):
     return list(loaded(run)), run.said
 
 
-def test_a_save_that_comes_too_soon_is_skipped_on_all_ranks_but_the_last_is_not(tmp_path):
-    results = run_ranks(save_while_busy, WORLD, tmp_path)
-    for found, said in results:
+def test_a_save_that_comes_too_soon_is_skipped_on_all_ranks_but_the_last_is_not(results):
+    for found, said in results["save_while_busy"]:
         assert found == [10, 30, 40]
         assert [line for line in said if "step 20 is not saved: an earlier save still runs" in line]
         assert len(said) == 4
@@ -161,8 +180,8 @@ def fail_and_recover(rank, run_dir):
     return kept, run.failures(), run.said, list(loaded(run))
 
 
-def test_a_failure_is_said_once_counted_and_made_good(tmp_path):
-    for kept, failures, said, found in run_ranks(fail_and_recover, WORLD, tmp_path):
+def test_a_failure_is_said_once_counted_and_made_good(results):
+    for kept, failures, said, found in results["fail_and_recover"]:
         assert kept == ["step-00000010"]
         assert failures == 2
         assert "step-00000020 cannot be written by rank 1" in said[1]
