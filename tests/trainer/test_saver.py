@@ -169,6 +169,7 @@ def fail_and_recover(rank, run_dir):
     assert run.saver.look()
     run.save(21)
     run.saver.wait()
+    dist.barrier()  # rank 0 has removed what was begun
     kept = sorted(os.listdir(files.folder_of(run_dir)))
     dist.barrier()
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
