@@ -99,8 +99,12 @@ def loaded(run):
 def save_while_training(rank, run_dir):
     run = Run(rank, run_dir, keep=5)
     run.saver.prepare(run.state())
-    for step in (10, 20, 30):
+    for step in (10, 20):
+        run.gate.clear()
         run.save(step)
+        run.gate.set()  # only now is anything written
+        run.saver.wait()
+    run.save(30)
     run.save(40, is_last=True)
     run.saver.close()
     return loaded(run), run.said
