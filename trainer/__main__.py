@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline import commands, settings
+from trainer import checkpoint_commands
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     help="Train face-recognition networks: LGAF on DALI, DeepSpeed and a model-parallel Partial FC.",
 )
 app.add_typer(commands.app, name="data")
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 def _show_version(wanted: bool) -> None:

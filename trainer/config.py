@@ -68,7 +68,13 @@ class CheckpointConfig(Strict):
     """When the state of the run is saved."""
 
     every_steps: int = Field(1000, ge=1, description="steps between checkpoints; the last step has one too")
-    keep: int = Field(3, ge=1, description="number of newest checkpoints that are kept")
+    keep: int = Field(3, ge=1, description="number of newest whole checkpoints that are kept")
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="checkpoints at multiples of this step are kept for ever"
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        "wait", description="what a checkpoint does that is due while the one before is still being written"
+    )
     deadline_s: float = Field(
         60,
         gt=0,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import backbones, checkpoint
+from trainer import backbones, checkpoint, checkpoint_files
 from trainer.config import RunConfig, files_by_name, load
 from trainer.distributed import Ranks, join
 from trainer.engine import uses_bf16
@@ -32,8 +32,8 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
 def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, VerificationResult] | None:
     """Results of a checkpoint's (or a run's newest) backbone on verification files; None but on rank 0."""
     with join() as ranks:
-        found = checkpoint.locate(path)
-        config = RunConfig.model_validate(checkpoint.read_header(found).config)
+        found = checkpoint.locate(path, group=ranks.group)
+        config = RunConfig.model_validate(checkpoint_files.read_manifest(found).header.config)
         model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
         checkpoint.load(found, checkpoint.backbone_state(model), group=ranks.group)
         sets = PairSets(

@@ -12,10 +12,7 @@ Step t counts from 0; what is recorded or saved "at step n" is the state after n
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -30,7 +27,7 @@ from data_pipeline.quarantine import Quarantine
 from data_pipeline.remote_loader import RemoteLoader
 from data_pipeline.source import Place, Source, open_source
 from partial_fc.head import PartialFC
-from trainer import backbones, checkpoint
+from trainer import backbones, checkpoint, checkpoint_files
 from trainer.config import RunConfig, differences, micro_batch
 from trainer.distributed import Ranks
 from trainer.engine import Engine
@@ -41,6 +38,7 @@ from trainer.pace import Pace
 from trainer.progress import Display, Reading
 from trainer.records import Records, read
 from trainer.results import conclude
+from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.signals import EXIT_CODE, StopRequest, name_of
 from trainer.step import Outcome, seed_dropout, train_step
@@ -67,7 +65,6 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     )
     if ranks.is_first:
         _make_run_dir(config.run_dir)
-        _remove_partial(config.run_dir)
     first_step, cursor, engine, head = _open_model(config, source, ranks, micro)
     records = Records(config.run_dir, first_step) if ranks.is_first else None
     steps = config.total_steps(source.images)
@@ -112,7 +109,7 @@ def _open_model(
     first_step, cursor = 0, None
     latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
-        header = checkpoint.read_header(latest)
+        header = checkpoint_files.read_manifest(latest).header
         _refuse_changes(config, source, header)
         state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
         checkpoint.load(latest, state, group=ranks.group)
@@ -130,15 +127,13 @@ def _open_model(
 
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
-    """The newest checkpoint that rank 0 sees, None if it sees none; the others must see it too."""
-    found = [checkpoint.newest(config.run_dir)] if ranks.is_first else [None]
-    dist.broadcast_object_list(found, group=ranks.group, group_src=0)
-    if found[0] is not None and not found[0].is_dir():
-        raise ValueError(f"rank 0 goes on from {found[0]}, which this rank cannot see; share run_dir")
-    return found[0]
+    """The newest whole checkpoint, None if there is none; what killed saves have left goes."""
+    if ranks.is_first:
+        checkpoint_files.clean(config.run_dir)
+    return checkpoint.newest(config.run_dir, group=ranks.group)
 
 
-def _refuse_changes(config: RunConfig, source: Source, header: checkpoint.Header) -> None:
+def _refuse_changes(config: RunConfig, source: Source, header: checkpoint_files.Header) -> None:
     try:
         # Keys that are newer than the checkpoint had their defaults then.
         before = RunConfig.model_validate(header.config).model_dump(mode="json")
@@ -178,6 +173,9 @@ class _Training:
         self.stop, self.metrics = stop, Metrics()
         self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
         self.bad_records = self.quarantine.listed()
+        self.saver = Saver(
+            config.run_dir, config.checkpoint, group=ranks.group, metrics=self.metrics, say=display.say
+        )
         self.skips_in_a_row = 0
         self.rollbacks, self.failed_at = 0, 0
         self.skipped: set[int] = set()  # since the last look
@@ -202,13 +200,15 @@ class _Training:
         )
         if first_step in (0, self.steps) or self._lacks_evaluation(first_step):
             self._evaluate(first_step)
-        done = first_step
+        self.saver.prepare(self._state())
+        done, stopped_by = first_step, 0
         while done < self.steps:
             stopped_by = self._steps_from(done)
             if stopped_by:
-                return stopped_by
+                break
             done = self.steps if self.skips_in_a_row < self.config.skip_limit else self._roll_back()
-        return 0
+        self.saver.close()
+        return stopped_by
 
     def _steps_from(self, first_step: int) -> int:
         """Steps until a signal, whose number is returned, the last step, or too many skips in a row."""
@@ -226,6 +226,7 @@ class _Training:
                 or self._is_due(done, self.config.log_every_steps)
             ):
                 self._look(pace)
+                is_save_due |= self.saver.look()
             if outcome.signal:
                 self._save_and_leave(done, outcome.signal)
                 return outcome.signal
@@ -263,13 +264,13 @@ class _Training:
             self._say_leaving(signal, f"step {step} is not saved, as it was skipped")
             return
         try:
-            self._save(step)
+            self._save(step, and_wait=True)
         except Exception as error:
             self.stop.give_up(str(error))
         self._say_leaving(signal, f"saved at step {step}")
 
     def _give_up_saving(self, reason: str) -> None:
-        _remove_partial(self.config.run_dir)
+        checkpoint_files.clean(self.config.run_dir)
         self._say_leaving(self.stop.signal, f"nothing more is saved: {reason}")
 
     def _say_leaving(self, signal: int, what: str) -> None:
@@ -278,6 +279,7 @@ class _Training:
 
     def _is_hopeless(self, step: int) -> bool:
         """Whether going back would only lead here again."""
+        self.saver.wait()
         is_worse = self.rollbacks == self.config.rollback_limit or step <= self.failed_at
         return is_worse or _agreed_checkpoint(self.config, self.ranks) is None
 
@@ -286,10 +288,10 @@ class _Training:
         self.ranks.pulse.note(self.failed_at, "going back to a checkpoint", is_slow=True)
         latest = _agreed_checkpoint(self.config, self.ranks)
         assert latest is not None
-        state = {**self.engine.state(), "head": self.head.logical_state()}
+        state = self._state()
         checkpoint.load(latest, state, group=self.ranks.group)
         self.engine.load_state(state)
-        header = checkpoint.read_header(latest)
+        header = checkpoint_files.read_manifest(latest).header
         step, self.cursor = header.step, header.cursor
         self.rollbacks += 1
         self.metrics.rollbacks.inc()
@@ -395,26 +397,21 @@ class _Training:
         self.metrics.looked(loss, samples_per_s, span.data_wait_s * len(span.steps), bad_records)
         self.display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, and_wait: bool = False) -> None:
         self.ranks.pulse.note(step, "saving", is_slow=True)
-        started = time.monotonic()
         self.engine.synchronize_statistics()
-        header = checkpoint.Header(
+        header = checkpoint_files.Header(
             step,
             self.config.model_dump(mode="json"),
             self.source.identity,
             checkpoint.versions(),
             self._cursor(),
         )
-        path = checkpoint.save(
-            self.config.run_dir,
-            {**self.engine.state(), "head": self.head.logical_state()},
-            header,
-            keep=self.config.checkpoint.keep,
-            group=self.ranks.group,
-        )
-        self.metrics.checkpoint_s.observe(time.monotonic() - started)
-        self.display.say(f"saved {path}")
+        self.saver.save(self._state, header, is_last=and_wait or step == self.steps)
+
+    def _state(self) -> checkpoint.State:
+        """All that is to be saved; all ranks call it together."""
+        return {**self.engine.state(), "head": self.head.logical_state()}
 
     def _cursor(self) -> list[list[int]] | None:
         """Where all ranks stand in a stream; None where the step says it."""
@@ -435,15 +432,6 @@ class _Training:
     def _embed(self, step: int, images_BCHW: torch.Tensor) -> torch.Tensor:
         self.ranks.pulse.note(step, "evaluating", is_slow=True)
         return self.engine.embed(images_BCHW)
-
-
-def _remove_partial(run_dir: Path) -> None:
-    """Remove checkpoints that are not complete. Renamed first: nobody adds to it or completes it then."""
-    for partial in (run_dir / "checkpoints").glob(".*.part"):
-        with contextlib.suppress(FileNotFoundError):  # it has just been completed
-            os.rename(partial, partial.with_suffix(".given-up"))
-    for given_up in (run_dir / "checkpoints").glob(".*.given-up"):
-        shutil.rmtree(given_up)
 
 
 def _diagnosis(step: int, skips: int, rollbacks: int, loss: float, rate: float, config: RunConfig) -> str:

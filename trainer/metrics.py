@@ -44,9 +44,12 @@ class Metrics:
         )
         self.checkpoint_s = Histogram(
             "lgaf_checkpoint_seconds",
-            "Duration of saving a checkpoint",
+            "Duration of writing a checkpoint, beside the training",
             registry=registry,
             buckets=_CHECKPOINT_BUCKETS_S,
+        )
+        self.failed_checkpoints = Counter(
+            "lgaf_failed_checkpoints", "Checkpoints that could not be written", registry=registry
         )
 
     def step_done(self, steps: int, samples: int, learning_rate: float, step_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,12 +22,18 @@ class Records:
         self._path = run_dir / _METRICS
         kept = [record for record in read(run_dir) if first_step > 0 and record["step"] <= first_step]
         _replace(self._path, "".join(_line(record) for record in kept))
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = open(self._path, "ab", buffering=0)
+        self._waiting = b""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record; it is in the file when this returns."""
-        self._file.write(_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
+        """Append one record; it is in the file when this returns, or when there is room on a full disk.
+
+        A checkpoint that fills the disk goes again; nothing else must fail because of it.
+        """
+        self._waiting += _line({"kind": kind, "step": step, **values}).encode()
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

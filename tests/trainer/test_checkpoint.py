@@ -3,7 +3,11 @@
 import json
 import os
 import pickle
+import re
+import resource
 import shutil
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ from partial_fc.collectives import logical
 from partial_fc.partition import class_range
 from tests.ranks import run_ranks
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError, Header
+from trainer import checkpoint_files as files
+from trainer.checkpoint_files import CheckpointError, Header
 
 CLASSES = 7
 
@@ -33,6 +38,10 @@ def state(rank, size, fill):
     }
 
 
+def latest(run_dir):
+    return files.all_of(run_dir)[-1]
+
+
 def save_three(rank, run_dir):
     for step in (10, 20, 30):
         checkpoint.save(run_dir, state(rank, 3, step), header(step), keep=2, group=dist.group.WORLD)
@@ -43,7 +52,7 @@ def load_newest(rank, size, run_dir):
     for part in blank.values():
         for tensor in part.values():
             (tensor.to_local() if hasattr(tensor, "to_local") else tensor).zero_()
-    checkpoint.load(checkpoint.newest(run_dir), blank, group=dist.group.WORLD)
+    checkpoint.load(latest(run_dir), blank, group=dist.group.WORLD)
     return (
         blank["backbone_weight"]["conv.weight"],
         blank["backbone_buffer"]["counted"],
@@ -75,7 +84,7 @@ def test_the_newest_are_kept_and_nothing_else_is_there(saved):
         "step-00000020",
         "step-00000030",
     ]
-    assert checkpoint.read_header(checkpoint.newest(saved)) == header(30)
+    assert files.read_manifest(latest(saved)).header == header(30)
 
 
 def test_any_number_of_ranks_reads_what_three_wrote(saved):
@@ -86,25 +95,103 @@ def test_any_number_of_ranks_reads_what_three_wrote(saved):
             assert torch.equal(rows, 30 + torch.arange(7.0)[:, None].expand(7, 3))
 
 
-def test_an_unfinished_checkpoint_does_not_count(run_dir):
-    newest = checkpoint.newest(run_dir)
-    (newest / "checkpoint.json").unlink()
-    assert checkpoint.newest(run_dir).name == "step-00000020"
-    newest.rename(newest.with_name(".step-00000040.part"))
-    assert checkpoint.newest(run_dir).name == "step-00000020"
+def newest(rank, run_dir):
+    return checkpoint.newest(run_dir, group=dist.group.WORLD)
 
 
-def test_a_folder_without_checkpoints(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp", "checkpoint.json")
+
+
+def test_the_manifest_has_every_file_and_its_sum(saved):
+    path = latest(saved)
+    manifest = files.read_manifest(path)
+    assert sorted(FILES) == sorted(file.name for file in path.iterdir())
+    assert {*manifest.files, "checkpoint.json"} == {*FILES}
+    for name, entry in manifest.files.items():
+        content = (path / name).read_bytes()
+        assert entry == files.FileSum(len(content), f"{zlib.crc32(content):08x}")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run_dir, alone, capfd, harm, name):
+    path = latest(run_dir)
+    harm(path / name)
+    assert newest(0, run_dir) == path.with_name("step-00000020")
+    said = capfd.readouterr().err
+    where = re.escape(str(path / name))
+    words = rf"lgaf: {where}: expected .*, found.*; step-00000030 is damaged and passed over\n"
+    assert re.fullmatch(words, said)
+    with pytest.raises(CheckpointError, match=rf"{where}: .* is damaged, use another"):
+        checkpoint.locate(path, group=dist.group.WORLD)
+    assert path.is_dir()
+
+
+def test_many_ranks_find_the_damage_together_and_say_it_once(run_dir, capfd):
+    path = latest(run_dir)
+    for name in ("__0_0.distcp", "__1_0.distcp", "__2_0.distcp"):
+        flip_a_bit(path / name)
+    assert run_ranks(newest, 2, run_dir) == [path.with_name("step-00000020")] * 2
+    assert capfd.readouterr().err.count("is damaged and passed over") == 1
+
+
+def test_no_good_checkpoint_is_an_error_and_no_new_beginning(run_dir, alone, capfd):
+    for path in files.all_of(run_dir):
+        truncate(path / ".metadata")
+    with pytest.raises(CheckpointError, match="expected a whole checkpoint, found 2, all damaged"):
+        newest(0, run_dir)
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_a_folder_without_checkpoints(tmp_path, alone):
+    assert newest(0, tmp_path) is None
     with pytest.raises(CheckpointError, match=r"expected a checkpoint .* or a run directory .* found none"):
-        checkpoint.locate(tmp_path)
+        checkpoint.locate(tmp_path, group=dist.group.WORLD)
 
 
-def test_a_damaged_header_is_named(run_dir):
-    path = checkpoint.newest(run_dir)
-    (path / "checkpoint.json").write_text('{"step": 3')
-    with pytest.raises(CheckpointError, match=r"checkpoint\.json: expected a checkpoint's header, found"):
-        checkpoint.read_header(path)
+def test_a_save_that_fails_leaves_nothing_and_all_ranks_know(run_dir, tmp_path):
+    before = files.all_of(run_dir)
+    failures = run_ranks(save_with_little_room, 3, run_dir)
+    assert len(set(failures)) == 1
+    assert re.search(r"step-00000040 cannot be written by rank \d: .*; see that the disk", failures[0])
+    assert sorted((run_dir / "checkpoints").iterdir()) == before
+
+
+def save_with_little_room(rank, run_dir):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        checkpoint.save(run_dir, state(rank, 3, 40), header(40), keep=2, group=dist.group.WORLD)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_written_anew(run_dir, alone):
+    truncate(latest(run_dir) / ".metadata")
+    checkpoint.save(run_dir, state(0, 1, 31), header(30), keep=2, group=dist.group.WORLD)
+    assert newest(0, run_dir).name == "step-00000030"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_all_hold_is_shared_out_once(alone):
+    whole = {"a": {name: torch.zeros(size) for name, size in (("x", 8), ("y", 5), ("z", 4), ("w", 0))}}
+    whole["head"] = {"rows": state(0, 1, 0)["head"]["weight"]}
+    parts = [checkpoint.share_out(whole, rank, 2) for rank in range(2)]
+    assert [sorted(part["a"]) for part in parts] == [["w", "x"], ["y", "z"]]
+    assert all(list(part["head"]) == ["rows"] for part in parts)
 
 
 def of_another_shape():
@@ -128,17 +215,17 @@ def of_another_name():
 )
 def test_another_model_is_refused(run_dir, alone, other, message):
     with pytest.raises(CheckpointError, match=rf"step-00000030 is of another model: .*{message}"):
-        checkpoint.load(checkpoint.newest(run_dir), other(), group=dist.group.WORLD)
+        checkpoint.load(latest(run_dir), other(), group=dist.group.WORLD)
 
 
 def test_a_part_can_be_loaded_alone(run_dir, alone):
     part = {"backbone_weight": {"conv.weight": torch.zeros(4, 2)}}
-    checkpoint.load(checkpoint.newest(run_dir), part, group=dist.group.WORLD)
+    checkpoint.load(latest(run_dir), part, group=dist.group.WORLD)
     assert torch.equal(part["backbone_weight"]["conv.weight"], torch.full((4, 2), 30.0))
 
 
 def test_a_truncated_part_is_named(run_dir, alone):
-    path = checkpoint.newest(run_dir)
+    path = latest(run_dir)
     for part in path.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:20])
     with pytest.raises(CheckpointError, match="step-00000030: a part of it cannot be read"):
@@ -152,7 +239,7 @@ class Exploit:
 
 def test_metadata_that_would_run_code_is_refused(run_dir, alone, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    path = checkpoint.newest(run_dir)
+    path = latest(run_dir)
     (path / ".metadata").write_bytes(pickle.dumps(Exploit()))
     with pytest.raises(CheckpointError, match=r"\.metadata: .* forbidden global (posix|os)\.system"):
         checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
@@ -161,7 +248,7 @@ def test_metadata_that_would_run_code_is_refused(run_dir, alone, monkeypatch, tm
 
 def test_a_tensor_that_would_run_code_is_refused(run_dir, alone, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    path = checkpoint.newest(run_dir)
+    path = latest(run_dir)
     for part in path.glob("*.distcp"):
         torch.save(Exploit(), part)
     with pytest.raises(CheckpointError, match="a part of it cannot be read"):
@@ -169,6 +256,11 @@ def test_a_tensor_that_would_run_code_is_refused(run_dir, alone, monkeypatch, tm
     assert not (tmp_path / "exploited").exists()
 
 
-def test_the_header_is_plain_json(saved):
-    held = json.loads((checkpoint.newest(saved) / "checkpoint.json").read_text())
-    assert held == {"step": 30, "config": {"seed": 1}, "dataset": {"images": 7}, "versions": {"torch": "0"}}
+def test_the_manifest_is_plain_json(saved):
+    held = json.loads((latest(saved) / "checkpoint.json").read_text())
+    assert {key: held[key] for key in ("step", "config", "dataset", "versions")} == {
+        "step": 30,
+        "config": {"seed": 1},
+        "dataset": {"images": 7},
+        "versions": {"torch": "0"},
+    }

@@ -10,14 +10,18 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from data_pipeline import recordio
 from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.synthetic_set import write_set
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
+from trainer import checkpoint_files, extraction
 
 STEPS = 24
+SMALL_DISK = 128 << 10
 OPTIONS = (
     f"steps={STEPS}",
     "optimizer.warmup_steps=4",
@@ -53,12 +57,12 @@ def killed(faces, tmp_path_factory):
     return run_dir
 
 
-def wait_for(condition, process, timeout_s=180):
+def wait_for(condition, process, timeout_s=180, pause_s=0.02):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(pause_s)
 
 
 def kill_all(process):
@@ -139,24 +143,104 @@ def test_another_dataset_is_refused(straight, faces, tmp_path):
 def test_a_key_newer_than_the_checkpoint_has_its_default(straight, faces, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
-    header_file = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "checkpoint.json"
-    header = json.loads(header_file.read_text())
-    del header["config"]["optimizer"]["power"], header["config"]["skip_limit"]
-    header_file.write_text(json.dumps(header))
+
+    def forget(config):
+        del config["optimizer"]["power"], config["skip_limit"]
+
+    change_config(run_dir / "checkpoints" / f"step-{STEPS:08d}", forget)
     # The demo's power is not the default, so it is a difference; the limit is the default, and is none.
     done = run(*train_words(run_dir, faces, *OPTIONS))
     assert done.returncode == 1
     assert "changed keys: optimizer.power: 2.0 -> 1.5;" in done.stderr
 
 
-def test_a_full_disk_is_said_once(faces, tmp_path):
-    words = command(*train_words(tmp_path / "run", faces, *OPTIONS), ranks=2)
+def test_a_full_disk_ends_the_run_only_at_its_last_step(faces, tmp_path):
+    run_dir = tmp_path / "run"
+    words = command(*train_words(run_dir, faces, *OPTIONS, "log_every_steps=3"), ranks=2)
     limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "-", *words]
     done = subprocess.run(limited, env=environment(), text=True, capture_output=True, timeout=120)
     assert done.returncode != 0
-    assert len(re.findall(r"lgaf: rank [01]: .*\.part cannot be written by rank [01]:", done.stderr)) == 1
+    unsaved = r"step-0*(\d+) cannot be written by rank [01]:.*"
+    assert re.findall(unsaved + "Training goes on", done.stderr) == ["8"]
+    assert re.findall("lgaf: rank [01]: .*" + unsaved, done.stderr) == [str(STEPS)]
     assert done.stderr.count("lgaf: rank") == 1, done.stderr
-    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert list(losses(run_dir)) == list(range(1, STEPS + 1))
+    assert not list((run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system with room for a run's records and for no checkpoint."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", folder], text=True, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_waited_out(small_disk, faces):
+    run_dir = small_disk / "run"
+    words = command(*train_words(run_dir, faces, *OPTIONS, "log_every_steps=2", "steps=60"), ranks=2)
+    with subprocess.Popen(
+        words, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        said = next(line for line in process.stderr if "Training goes on" in line)
+        assert "No space left on device" in said
+        assert not list(run_dir.glob("checkpoints/step-*"))
+        subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+        _, said_later = process.communicate(timeout=180)
+    assert process.returncode == 0, said_later
+    assert "Training goes on" not in said_later
+    assert list(losses(run_dir)) == list(range(1, 61))
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["step-00000056", "step-00000060"]
+
+
+def test_ranks_killed_while_they_save_go_on_from_the_checkpoint_before(straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    words = command(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    with subprocess.Popen(
+        words, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process)
+        listed = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True)
+        folder = run_dir / "checkpoints"
+        wait_for(lambda: (folder / ".step-00000016.part").exists(), process, pause_s=0)
+        for pid in [process.pid, *map(int, listed.stdout.split())]:
+            os.kill(pid, signal.SIGKILL)
+    # That which a kill at another instant would have left.
+    shutil.copytree(folder / "step-00000008", folder / ".step-00000032.part")
+    done = run(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"steps (8|16) to 24", done.stderr)
+    assert losses(run_dir) == losses(straight)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000016", "step-00000024"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_once(straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    damaged = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "__1_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    done = run(*train_words(run_dir, faces, *OPTIONS), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"lgaf: {damaged}: expected CRC-32 ") == 1, done.stderr
+    assert "steps 16 to 24" in done.stderr
+    assert losses(run_dir) == losses(straight)
+    assert checkpoint_files.damage(damaged.parent) is None
+
+
+def change_config(checkpoint, change):
+    """Make a checkpoint say that it was saved with another configuration."""
+    manifest = checkpoint_files.read_manifest(checkpoint)
+    change(manifest.header.config)
+    (checkpoint / "checkpoint.json").write_text(checkpoint_files._sealed(manifest))
 
 
 def test_torchrun_restarts_go_on_from_the_checkpoint(straight, faces, tmp_path):
@@ -200,12 +284,24 @@ def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
     assert json.loads(both.stdout)["held_out"] == pytest.approx(json.loads(done.stdout)["held_out"])
 
 
+def test_the_network_can_be_taken_out(straight, tmp_path):
+    out = tmp_path / "network.pt"
+    done = run("checkpoint", "extract", straight, "--out", out)
+    assert done.returncode == 0, done.stderr
+    held = torch.load(out, weights_only=True)
+    assert held["step"] == STEPS
+    saved = _load_state_dict_from_keys(
+        "backbone_weight", checkpoint_id=straight / "checkpoints" / f"step-{STEPS:08d}"
+    )
+    model = extraction.load_backbone(out)
+    for name, tensor in saved["backbone_weight"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(straight / "checkpoints" / f"step-{STEPS:08d}", checkpoint)
-    header = json.loads((checkpoint / "checkpoint.json").read_text())
-    header["config"]["backbone"]["width"] = 12
-    (checkpoint / "checkpoint.json").write_text(json.dumps(header))
+    change_config(checkpoint, lambda config: config["backbone"].update(width=12))
     done = run("eval", checkpoint, "--pairs", faces / "held_out.bin")
     assert done.returncode == 1
     assert re.search(rf"lgaf: {checkpoint} is of another model: .* has shape \(.*\), expected", done.stderr)
@@ -238,7 +334,7 @@ def test_metrics_move_while_it_trains(faces, tmp_path):
     assert second["lgaf_learning_rate"] != first["lgaf_learning_rate"]
     assert second["lgaf_samples_per_second"] > 0
     assert second["lgaf_checkpoint_seconds_count"] > first["lgaf_checkpoint_seconds_count"]
-    assert second["lgaf_skipped_steps_total"] == 0
+    assert second["lgaf_skipped_steps_total"] == second["lgaf_failed_checkpoints_total"] == 0
 
 
 def scrape(url):

@@ -1,0 +1,267 @@
+"""Saving a checkpoint: how long a step is held up, how long it takes in all, beside other ways, in one run.
+
+    python benchmarks/checkpoint.py --folder DIR --json benchmarks/results/checkpoint_cpu.json
+
+One rank with a head of `--classes` x `--dim` rows and their momentum, and an iresnet of `--depth` with its
+own. The sides take turns for `--rounds` rounds, each writing into a new folder in DIR, on a disk that has
+nothing left to write; times are medians over the rounds.
+
+    raw           the same bytes from the same memory into one file, then fsync: what the disk can do
+    insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank,
+                  state dicts of the partial fc, the backbone and the optimizer; no fsync, as there; no sums,
+                  and a kill while it writes leaves a broken file under the final name
+    synchronous   trainer/checkpoint.py called by the training itself: sums, manifest, fsync, rename
+    beside        trainer/saver.py, as a training uses it: held up for the copy, written by a thread. The
+                  copy's memory is allocated before, and how long that takes is shown too
+
+Nothing is trained meanwhile: the total of `beside` is that of a machine with a core to spare. The expected
+shares of useful time that follow come from these measurements, trainer/goodput.py, and a restart that takes
+`--restart-s`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from partial_fc.collectives import logical
+from trainer import backbones, checkpoint
+from trainer.backbones import BackboneConfig
+from trainer.checkpoint import State
+from trainer.checkpoint_files import Header
+from trainer.config import CheckpointConfig
+from trainer.goodput import best_interval, goodput
+from trainer.metrics import Metrics
+from trainer.saver import Saver
+
+HOUR_S = 3600
+FAILURES_EVERY_H = (1, 4, 24, 24 * 7)
+HEADER = Header(1, {}, {}, {})
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one side: seconds a step is held up, seconds until all is written, bytes it has on disk."""
+
+    held_s: float
+    total_s: float
+    disk_bytes: int
+
+
+def make_state(classes: int, dim: int, depth: int) -> State:
+    """What a run of one rank saves, of random numbers."""
+    network = checkpoint.backbone_state(backbones.build(BackboneConfig(name="iresnet", depth=depth), 112))
+    rows = {name: torch.empty(classes, dim).normal_(std=0.01) for name in ("weight", "momentum")}
+    return {
+        **network,
+        "backbone_momentum": {name: torch.randn_like(t) for name, t in network["backbone_weight"].items()},
+        "head": {name: logical(tensor, classes, dist.group.WORLD) for name, tensor in rows.items()},
+    }
+
+
+def local(state: State) -> State:
+    """The same with plain tensors."""
+    return {
+        part: {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
+        for part, tensors in state.items()
+    }
+
+
+def save_raw(folder: Path, state: State) -> float:
+    """Returns the seconds for which the caller was held up, as all of these do."""
+    started = time.perf_counter()
+    with open(folder / "raw", "wb") as file:
+        for tensors in local(state).values():
+            for tensor in tensors.values():
+                file.write(memoryview(tensor.contiguous().view(-1).numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
+def save_as_insightface(folder: Path, state: State) -> float:
+    plain = local(state)
+    started = time.perf_counter()
+    torch.save(
+        {
+            "epoch": 1,
+            "global_step": 1,
+            "state_dict_backbone": {**plain["backbone_weight"], **plain["backbone_buffer"]},
+            "state_dict_softmax_fc": {"weight": plain["head"]["weight"]},
+            "state_optimizer": {**plain["backbone_momentum"], "softmax_fc": plain["head"]["momentum"]},
+        },
+        folder / "checkpoint_gpu_0.pt",
+    )
+    return time.perf_counter() - started
+
+
+def save_synchronously(folder: Path, state: State) -> float:
+    started = time.perf_counter()
+    checkpoint.save(folder, state, HEADER, keep=1, group=dist.group.WORLD)
+    return time.perf_counter() - started
+
+
+def measure(folder: Path, save: Callable[[Path], tuple[float, Callable[[], None]]]) -> Timing:
+    """`save` returns how long it held up its caller, and what waits for its end."""
+    os.sync()
+    started = time.perf_counter()
+    held_s, wait = save(folder)
+    wait()
+    total_s = time.perf_counter() - started
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    shutil.rmtree(folder)
+    return Timing(held_s, total_s, sum(stat.st_blocks * 512 for stat in found))
+
+
+def at_once(
+    save: Callable[[Path, State], float], state: State
+) -> Callable[[Path], tuple[float, Callable[[], None]]]:
+    return lambda folder: (save(folder, state), lambda: None)
+
+
+class Beside:
+    """A training's saver, which keeps its copy from save to save."""
+
+    def __init__(self, root: Path, state: State) -> None:
+        # A saver writes into one run directory; what it wrote is then moved to where it is looked for.
+        self._run_dir, self._state = root / "beside", state
+        self._saver = Saver(
+            self._run_dir, CheckpointConfig(keep=1), group=dist.group.WORLD, metrics=Metrics(), say=self._say
+        )
+        started = time.perf_counter()
+        self._saver.prepare(state)
+        self.prepare_s = time.perf_counter() - started
+
+    def _say(self, message: str) -> None:
+        if not message.startswith("saved"):
+            raise SystemExit(message)
+
+    def save(self, folder: Path) -> tuple[float, Callable[[], None]]:
+        folder.rmdir()
+        started = time.perf_counter()
+        self._saver.save(lambda: self._state, HEADER)
+        return time.perf_counter() - started, lambda: self._wait(folder)
+
+    def _wait(self, folder: Path) -> None:
+        self._saver.wait()
+        self._run_dir.rename(folder)
+
+
+def median(timings: list[Timing]) -> Timing:
+    return Timing(
+        statistics.median(t.held_s for t in timings),
+        statistics.median(t.total_s for t in timings),
+        timings[0].disk_bytes,
+    )
+
+
+def compare(options: argparse.Namespace, root: Path) -> dict[str, object]:
+    state = make_state(options.classes, options.dim, options.depth)
+    state_bytes = sum(tensor.nbytes for tensors in local(state).values() for tensor in tensors.values())
+    beside = Beside(root, state)
+    sides = {
+        "raw": at_once(save_raw, state),
+        "insightface": at_once(save_as_insightface, state),
+        "synchronous": at_once(save_synchronously, state),
+        "beside": beside.save,
+    }
+    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    for _ in range(options.rounds):
+        for name, save in sides.items():
+            timings[name].append(measure(Path(tempfile.mkdtemp(dir=root)), save))
+    found = {name: median(times) for name, times in timings.items()}
+    ours, raw = found["beside"], found["raw"]
+    return {
+        "classes": options.classes,
+        "dim": options.dim,
+        "depth": options.depth,
+        "rounds": options.rounds,
+        "state_bytes": state_bytes,
+        "prepare_s": beside.prepare_s,
+        "sides": {name: asdict(timing) for name, timing in found.items()},
+        "held_to_synchronous": ours.held_s / found["synchronous"].total_s,
+        "held_to_insightface": ours.held_s / found["insightface"].total_s,
+        "total_to_raw": ours.total_s / raw.total_s,
+        "goodput": [
+            outlook(hours, ours, found["synchronous"], options.restart_s) for hours in FAILURES_EVERY_H
+        ],
+        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+    }
+
+
+def outlook(hours: float, beside: Timing, synchronous: Timing, restart_s: float) -> dict[str, float]:
+    """Best intervals and expected shares of useful time, if a failure comes every so many hours."""
+    found = {"mean_time_between_failures_h": float(hours), "restart_s": restart_s}
+    # What is still being written when a failure comes is lost with it.
+    for name, held_s, lost_s in (
+        ("beside", beside.held_s, restart_s + beside.total_s),
+        ("synchronous", synchronous.held_s, restart_s),
+    ):
+        interval_s = best_interval(hold_s=held_s, mean_time_between_failures_s=hours * HOUR_S)
+        found[f"{name}_interval_s"] = interval_s
+        found[f"{name}_goodput"] = goodput(
+            interval_s, hold_s=held_s, restart_s=lost_s, mean_time_between_failures_s=hours * HOUR_S
+        )
+    return found
+
+
+def show(report: dict) -> None:
+    gib = report["state_bytes"] / 2**30
+    print(
+        f"{report['classes']} classes x {report['dim']}, iresnet{report['depth']}: {gib:.2f} GiB of state\n"
+    )
+    print("| side | held up | total | GiB/s | on disk |\n| --- | --- | --- | --- | --- |")
+    for name, t in report["sides"].items():
+        print(
+            f"| {name} | {t['held_s']:.3f} s | {t['total_s']:.2f} s | {gib / t['total_s']:.2f} "
+            f"| {t['disk_bytes'] / 2**30:.3f} GiB |"
+        )
+    print(f"\nthe copy's memory, once, before the first step: {report['prepare_s']:.2f} s")
+    print(f"held up / synchronous save: {report['held_to_synchronous']:.3f} (to reach: under 0.1)")
+    print(f"held up / insightface: {report['held_to_insightface']:.3f}")
+    print(f"total / raw write: {report['total_to_raw']:.2f} (to reach: 1.2)\n")
+    print(
+        "| a failure every | beside: best interval | useful time | synchronous: best interval | useful time |"
+    )
+    print("| --- | --- | --- | --- | --- |")
+    for row in report["goodput"]:
+        print(
+            f"| {row['mean_time_between_failures_h']:g} h | {row['beside_interval_s']:.0f} s "
+            f"| {row['beside_goodput']:.2%} | {row['synchronous_interval_s']:.0f} s "
+            f"| {row['synchronous_goodput']:.2%} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of saving a checkpoint, beside other ways.")
+    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--depth", type=int, choices=[18, 34, 50, 100, 200], default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to write to; default: here")
+    parser.add_argument("--restart-s", type=float, default=300.0, help="from a failure to training again")
+    parser.add_argument("--json", type=Path, help="also write all numbers here")
+    options = parser.parse_args()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as root:
+        report = compare(options, Path(root))
+    show(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

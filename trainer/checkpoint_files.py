@@ -1,0 +1,293 @@
+"""Checkpoints as files: what one holds, whether it is whole, how it appears and when it goes. Without torch.
+
+    run_dir/checkpoints/step-00001000/
+        *.distcp, .metadata     the tensors (trainer/checkpoint.py)
+        checkpoint.json         the manifest: step, configuration, dataset, versions; size and CRC-32 of every
+                                other file, and of itself. Written last
+
+What is being written or removed has a name that begins with a dot. A folder gets the name step-N by one
+rename, after all that it holds has reached the disk; it loses it by one rename before anything in it goes.
+So a process can be killed at any instant, and what step-N holds is whole unless the disk damaged it later;
+the manifest tells. CRC-32 is against damage, not against attack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+MANIFEST = "checkpoint.json"
+_NAME = re.compile(r"step-(\d+)")
+_PIECE = 1 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another model, or cannot be written; says which and why."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a checkpoint without reading a tensor."""
+
+    step: int
+    config: dict[str, Any]
+    dataset: dict[str, int]
+    versions: dict[str, str]
+    cursor: list[list[int]] | None = None  # of a stream of shards, a row for each rank
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """The size of a file in bytes and its CRC-32 as eight hexadecimal digits."""
+
+    size: int
+    crc32: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The header, when it was written (seconds since 1970), and the sums of all files but the manifest."""
+
+    header: Header
+    time_s: float
+    files: dict[str, FileSum]
+
+
+class Look(Protocol):
+    """Looks at one part of `parts` of a checkpoint's files; returns what is wrong, None if nothing is."""
+
+    def __call__(self, checkpoint: Path, part: int = 0, parts: int = 1) -> str | None: ...
+
+
+class SummedFile:
+    """A file being written, whose sum is known when its last byte is."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._size, self._crc = raw, 0, 0
+
+    @property
+    def sum(self) -> FileSum:
+        """Of all bytes until now."""
+        return FileSum(self._size, f"{self._crc:08x}")
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write all of `data`."""
+        whole = memoryview(data).cast("B")
+        # In pieces that stay in the processor's cache between the sum and the copy.
+        for start in range(0, len(whole), _PIECE):
+            piece = whole[start : start + _PIECE]
+            self._crc = zlib.crc32(piece, self._crc)
+            self._raw.write(piece)
+        self._size += len(whole)
+        return len(whole)
+
+    def tell(self) -> int:
+        """The number of bytes until now."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand to the system what was written."""
+        self._raw.flush()
+
+    def fileno(self) -> int:
+        """The descriptor, for fsync."""
+        return self._raw.fileno()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._raw.close()
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Where a run has its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def final_path(run_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint at `step`."""
+    return folder_of(run_dir) / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def all_of(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run by step, oldest first, whole or not."""
+    found = (path for path in folder_of(run_dir).glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is meant as a checkpoint, whole or not, and not as a run directory."""
+    return (path / MANIFEST).exists() or (_NAME.fullmatch(path.name) is not None and path.is_dir())
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """An empty folder for the files of a checkpoint at `step`."""
+    final = final_path(run_dir, step)
+    partial = final.with_name(f".{final.name}.part")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, final: Path, header: Header, files: dict[str, FileSum]) -> None:
+    """Give the name `final` to the files in `partial`, which are on the disk already, with a manifest.
+
+    A checkpoint that has the name goes, but not before: a kill between the two renames is mended by `clean`.
+    """
+    with open(partial / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(_sealed(Manifest(header, time.time(), files)))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(partial)
+    before = final.with_name(f".{final.name}.old")
+    if final.exists():
+        os.replace(final, before)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what killed or failed saves have left; a save that is being written is given up."""
+    with contextlib.suppress(OSError):  # a file system that is gone; the next save says so
+        for path in folder_of(run_dir).glob(".step-*.old"):
+            final = path.with_name(path.name[1:].removesuffix(".old"))
+            if not final.exists():
+                os.replace(path, final)
+        for gone in folder_of(run_dir).glob(".step-*.gone"):
+            shutil.rmtree(gone, ignore_errors=True)
+        for path in folder_of(run_dir).glob(".step-*"):
+            # Renamed first: whoever still writes it cannot publish what is half gone.
+            shutil.rmtree(path.rename(path.with_suffix(".gone")), ignore_errors=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; at no time is there a part of one under its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.part")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def superfluous(
+    run_dir: Path, *, keep: int, every_steps: int | None, look: Look, until_step: int | None = None
+) -> list[Path]:
+    """The checkpoints older than the `keep` newest in which `look` finds nothing wrong.
+
+    Those at multiples of `every_steps` stay. Those after `until_step`, which a run that has gone back may
+    have, neither count nor go.
+    """
+    good, found = 0, []
+    for checkpoint in reversed(all_of(run_dir)):
+        step = step_of(checkpoint)
+        if until_step is not None and step > until_step:
+            continue
+        if good < keep:
+            good += look(checkpoint) is None
+        elif every_steps is None or step % every_steps:
+            found.append(checkpoint)
+    return found
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises CheckpointError if the manifest is missing or damaged."""
+    path = checkpoint / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        held = json.loads(text)
+        files = {name: FileSum(**entry) for name, entry in held.pop("files").items()}
+        time_s, _ = held.pop("time_s"), held.pop("crc32")
+        manifest = Manifest(Header(**held), time_s, files)
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error!r}") from error
+    if _sealed(manifest) != text:
+        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found one that was changed")
+    return manifest
+
+
+def wrong_size(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """A `Look` at the manifest and the files' sizes."""
+    try:
+        files = _share(read_manifest(checkpoint), part, parts)
+    except CheckpointError as error:
+        return str(error)
+    for name, wanted in files:
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{path}: expected a file of {wanted.size} bytes, found: {error.strerror}"
+        if size != wanted.size:
+            return f"{path}: expected {wanted.size} bytes, found {size}"
+    return None
+
+
+def wrong_sum(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """A `Look` at the manifest and every byte of the files."""
+    try:
+        files = _share(read_manifest(checkpoint), part, parts)
+    except CheckpointError as error:
+        return str(error)
+    for name, wanted in files:
+        path = checkpoint / name
+        try:
+            found = _sum_of(path)
+        except OSError as error:
+            return f"{path}: expected a file that can be read, found: {error.strerror}"
+        if found != wanted:
+            return f"{path}: expected CRC-32 {wanted.crc32}, found {found.crc32}"
+    return None
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """A `Look` at everything, at what is quickly seen first."""
+    return wrong_size(checkpoint, part, parts) or wrong_sum(checkpoint, part, parts)
+
+
+def _share(manifest: Manifest, part: int, parts: int) -> Iterable[tuple[str, FileSum]]:
+    """Large files are dealt out before small ones, so that no part is left with several large ones."""
+    return sorted(manifest.files.items(), key=lambda item: -item[1].size)[part::parts]
+
+
+def _sum_of(path: Path) -> FileSum:
+    size = crc = 0
+    piece = bytearray(_PIECE)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            crc = zlib.crc32(memoryview(piece)[:count], crc)
+            size += count
+    return FileSum(size, f"{crc:08x}")
+
+
+def _sealed(manifest: Manifest) -> str:
+    """The text of a manifest; it ends with its own CRC-32, and only this very text is accepted."""
+    content = {
+        **asdict(manifest.header),
+        "time_s": manifest.time_s,
+        "files": {name: asdict(entry) for name, entry in sorted(manifest.files.items())},
+    }
+    crc = zlib.crc32(json.dumps(content).encode())
+    return json.dumps({**content, "crc32": f"{crc:08x}"}, indent=1) + "\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

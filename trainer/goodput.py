@@ -1,0 +1,38 @@
+"""The share of its time that a run spends on steps that last, when it fails now and then.
+
+Failures come at random with a mean time between them, M. After each, the run needs `restart_s` until it
+trains again, from its last checkpoint. Every `interval_s` of training it is held up for `hold_s`. The
+expected time from one checkpoint to the next is then, with failures also during restart and hold-up (J. T.
+Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006):
+
+    M exp(restart / M) (exp((interval + hold) / M) - 1)
+
+What is written beside the training counts only when it is written: the time for that is lost at each failure,
+as the restart is, so it belongs to `restart_s`.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def goodput(
+    interval_s: float, *, hold_s: float, restart_s: float, mean_time_between_failures_s: float
+) -> float:
+    """The expected share of useful time, 0 to 1, with checkpoints after every `interval_s` of training."""
+    mean_s = mean_time_between_failures_s
+    # Beyond what a float holds the share is 0.
+    exponent = min((interval_s + hold_s) / mean_s, 700.0)
+    return interval_s / mean_s * math.exp(-restart_s / mean_s) / math.expm1(exponent)
+
+
+def best_interval(*, hold_s: float, mean_time_between_failures_s: float) -> float:
+    """The interval of the largest goodput, seconds: Daly's, which refines Young's sqrt(2 hold M).
+
+    Within 1 % of the optimum where hold_s is under half the mean time between failures.
+    """
+    mean_s = mean_time_between_failures_s
+    if hold_s >= 2 * mean_s:
+        return mean_s
+    ratio = hold_s / (2 * mean_s)
+    return math.sqrt(2 * hold_s * mean_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - hold_s
