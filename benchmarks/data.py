@@ -10,6 +10,8 @@ The dataset is an InsightFace folder given by --data, or one of 20,000 painted f
 - ceiling: DALI decoding and normalising the same images from lists in memory, and nothing else;
 - dataloader: what InsightFace's `MXFaceDataset` does, in our words: a torch Dataset that seeks to a record of
   train.rec by its index, decodes with Pillow, flips, makes a tensor, normalises; with worker processes.
+- trained: ours, consumed by forward and backward passes of an iresnet of `--depth` in bfloat16; `waiting` is
+  the share of the time in which it waited for images. Not among the default sides of a CPU.
 All deliver float32 [batch, 3, 112, 112] in [-1, 1].
 
 Every side runs in a fresh process of its own, and the sides take turns for `--rounds` rounds; a process takes
@@ -46,9 +48,11 @@ from data_pipeline.catalog import open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine
+from trainer import backbones
+from trainer.backbones import BackboneConfig
 
 IDENTITIES, IMAGES_PER_IDENTITY = 2000, 10
-SIDES = ["ours", "ours x10", "augmented", "ceiling", "dataloader"]
+SIDES = ["ours", "ours x10", "augmented", "ceiling", "dataloader", "trained"]
 ADAFACE = {name: {"probability": 0.2} for name in ("crop", "low_resolution", "photometric")}
 MIB = 1 << 20
 
@@ -64,6 +68,7 @@ class Case:
     device: str
     warm_up: int
     batches: int
+    depth: int
 
 
 # ---- in the process of one side
@@ -74,19 +79,47 @@ def measure(case: Case) -> dict[str, float]:
     before = anonymous_bytes()
     began = time.perf_counter()
     batches = SOURCES[case.side](case)
+    consume = training(case) if case.side == "trained" else lambda images_BCHW: None
     images_BCHW = next(batches)
     first_s = time.perf_counter() - began
     assert images_BCHW.shape == (case.batch, 3, 112, 112)
     assert images_BCHW.dtype == torch.float32
     for _ in range(case.warm_up):
-        next(batches)
+        consume(next(batches))
     synchronize(case.device)
-    began = time.perf_counter()
+    began, waited_s = time.perf_counter(), 0.0
     for _ in range(case.batches):
-        next(batches)
+        asked = time.perf_counter()
+        images_BCHW = next(batches)
+        waited_s += time.perf_counter() - asked
+        consume(images_BCHW)
     synchronize(case.device)
-    images_per_s = case.batches * case.batch / (time.perf_counter() - began)
-    return {"images_per_s": images_per_s, "first_s": first_s, "bytes": anonymous_bytes() - before}
+    seconds = time.perf_counter() - began
+    return {
+        "images_per_s": case.batches * case.batch / seconds,
+        "first_s": first_s,
+        "wait": waited_s / seconds,
+        "bytes": anonymous_bytes() - before,
+    }
+
+
+def training(case: Case) -> Callable[[torch.Tensor], None]:
+    """A step of a network: forward, backward; a GPU is waited for one step later, as training does."""
+    config = BackboneConfig.model_validate({"name": "iresnet", "depth": case.depth})
+    model = backbones.build(config, 112).to(case.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses: list[torch.Tensor] = []
+
+    def step(images_BCHW: torch.Tensor) -> None:
+        with torch.autocast(case.device, torch.bfloat16):
+            losses.append(model(images_BCHW).emb_BD.square().mean())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if len(losses) > 1:
+            losses.pop(0).item()
+
+    return step
 
 
 def ours(case: Case, copies: int = 1, augment: dict[str, Any] | None = None) -> Iterator[torch.Tensor]:
@@ -195,6 +228,7 @@ SOURCES: dict[str, Callable[[Case], Iterator[torch.Tensor]]] = {
     "augmented": lambda case: ours(case, augment=ADAFACE),
     "ceiling": ceiling,
     "dataloader": dataloader,
+    "trained": ours,
 }
 
 
@@ -242,14 +276,14 @@ def summary(case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
         "| batch | side | images/s (slowest to fastest) | of the ceiling | times the DataLoader "
-        "| first batch, s | memory, MiB |",
-        "| " + "--- | " * 7,
+        "| waiting | first batch, s | memory, MiB |",
+        "| " + "--- | " * 8,
     ]
     speed = {(r["batch"], r["side"]): r["images_per_s"] for r in found if "failed" not in r}
     for result in found:
         start = f"| {result['batch']} | {result['side']} |"
         if "failed" in result:
-            lines.append(f"{start} {result['failed'][:80]} | | | | |")
+            lines.append(f"{start} {result['failed'][:80]} | | | | | |")
             continue
         rates = result["all_images_per_s"]
         ratios = [
@@ -260,7 +294,7 @@ def table(found: list[dict[str, Any]]) -> str:
         ]
         lines.append(
             f"{start} {result['images_per_s']:.0f} ({min(rates):.0f} to {max(rates):.0f}) | {ratios[0]} "
-            f"| {ratios[1]} | {result['first_s']:.2f} | {result['bytes'] / MIB:.0f} |"
+            f"| {ratios[1]} | {result['wait']:.1%} | {result['first_s']:.2f} | {result['bytes'] / MIB:.0f} |"
         )
     return "\n".join(line.strip() for line in lines)
 
@@ -296,15 +330,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training batches per second from one dataset.")
     parser.add_argument("--data", type=Path, help="InsightFace folder of 112x112 images; default: painted")
     parser.add_argument("--work", type=Path, default=Path("data"), help="where the painted dataset is kept")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all; on a CPU all but trained")
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decode threads or workers")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="processes per side, the sides taking turns")
     parser.add_argument("--warm-up", type=int, default=20, help="batches before the timed ones")
     parser.add_argument("--batches", type=int, default=150, help="timed batches of a process")
+    parser.add_argument("--depth", type=int, default=100, help="layers of the network of `trained`")
     parser.add_argument("--json", type=Path, help="also write all numbers here, and the table as .md")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.sides = options.sides or (SIDES if options.device == "cuda" else SIDES[:-1])
+    return options
 
 
 def main(arguments: list[str]) -> None:
@@ -317,7 +354,16 @@ def main(arguments: list[str]) -> None:
     about, found = machine(options), []
     for batch in options.batch:
         cases = [
-            Case(side, str(data), batch, options.threads, options.device, options.warm_up, options.batches)
+            Case(
+                side,
+                str(data),
+                batch,
+                options.threads,
+                options.device,
+                options.warm_up,
+                options.batches,
+                options.depth,
+            )
             for side in options.sides
         ]
         found += compare(cases, options.rounds)

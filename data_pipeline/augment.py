@@ -43,6 +43,14 @@ class Augmentation(NamedTuple):
     mirror_B: np.ndarray
     changes: dict[str, Parameters]
 
+    def rows(self, rows: slice) -> Augmentation:
+        """The augmentation of some of the samples."""
+        changes = {
+            name: {key: value[rows] for key, value in parameters.items()}
+            for name, parameters in self.changes.items()
+        }
+        return Augmentation(self.mirror_B[rows], changes)
+
 
 def of_samples(config: AugmentConfig, seed: int, sample_B: np.ndarray) -> Augmentation:
     """The augmentation of the samples at positions `sample_B` (int64) of the run's sequence."""

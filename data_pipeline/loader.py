@@ -19,11 +19,15 @@ import numpy as np
 import torch
 
 from data_pipeline import augment, order
+from data_pipeline.augment import Augmentation
 from data_pipeline.catalog import Catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import Decoder, EncodedBatch, UndecodableError
 from data_pipeline.quarantine import Quarantine, QuarantineError, substitutes
 from data_pipeline.recordio import RecordError
+
+# Samples whose records and augmentation are found at once.
+_PLANNED = 8192
 
 
 class Batch(NamedTuple):
@@ -150,6 +154,7 @@ class Loader(Decoding):
         quarantine: Quarantine,
     ) -> None:
         self._catalog, self._seed, self._blocks = catalog, seed, config.shuffle_blocks()
+        self._plan: tuple[int, np.ndarray, Augmentation] | None = None
         self._chosen: dict[int, np.ndarray] = {}  # records of the micro-batches that are being decoded
         super().__init__(
             config,
@@ -183,14 +188,27 @@ class Loader(Decoding):
 
     def _encoded(self, i: int) -> EncodedBatch:
         sample_B = self._share.samples(i)
-        record_B, images = self._records(sample_B), []
+        record_B, augmentation = self._planned(i)
+        images = []
         for row, record in enumerate(record_B):
             image = self._readable(record)
             if image is None:
                 record_B[row], image = self._substitute(int(sample_B[row]))
             images.append(image)
         self._chosen[i] = record_B
-        return images, augment.of_samples(self._config.augment, self._seed, sample_B)
+        return images, augmentation
+
+    def _planned(self, i: int) -> tuple[np.ndarray, Augmentation]:
+        """Records and augmentation of a micro-batch; found for many at once, which costs little more."""
+        size = self._share.micro_batch
+        count = max(1, _PLANNED // size)
+        first = i - i % count
+        if self._plan is None or self._plan[0] != first:
+            sample_N = np.concatenate([self._share.samples(k) for k in range(first, first + count)])
+            changes = augment.of_samples(self._config.augment, self._seed, sample_N)
+            self._plan = first, self._records(sample_N), changes
+        rows = slice((i - first) * size, (i - first + 1) * size)
+        return self._plan[1][rows].copy(), self._plan[2].rows(rows)
 
     def _readable(self, record: np.int64) -> np.ndarray | None:
         """The record's encoded image; None if it is in quarantine, now or already."""
