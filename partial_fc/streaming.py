@@ -29,9 +29,9 @@ from partial_fc.targets import Targets, through_unit, unit
 
 # On a CPU, a tile's buffers should about fit the second-level caches of the cores. Seen on two cores with
 # 1 MiB each, G=256, D=512, a step of 100k classes: in float32 tiles of 256 to 1024 classes take 0.67 s alike
-# while the cores are free, and those of 256 the least beside other programs. Products of bfloat16 are so fast
-# that larger tiles pay: 0.45 s with 256, 0.37 s with 1024, 0.45 s with 2048. Not where rows are picked out and
-# copied: there a step with r = 0.1 took 0.9 s with the larger ones, 0.6 s with the smaller.
+# while the cores are free, and those of 256 the least beside other programs. Products of bfloat16 are so
+# fast that larger tiles pay: 0.45 s with 256, 0.37 s with 1024, 0.45 s with 2048. Not where rows are picked
+# out and copied: there a step of 500k with r = 0.1 took 0.9 s with the larger ones, 0.6 s with the smaller.
 _CPU_TILE_BYTES, _CPU_TILE_BYTES_BF16 = 5 << 19, 10 << 20
 _GPU_TILE_SHARE = 64
 
