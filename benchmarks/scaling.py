@@ -82,10 +82,9 @@ def moved_bytes(S: float, D: int, moment_bytes: int = FLOAT) -> float:
 def logit_bytes(G: int, S: float) -> float:
     """Traffic on top where the logits of a tile do not stay in cache (streaming on a GPU, not fused).
 
-    Pass 1: product, maximum, difference (2), exponential (2), sum, product. Pass 2: product, exponential
-    (2), product.
+    Pass 1: product, exponential (2), sum, product. Pass 2: product, difference (2), exponential (2), product.
     """
-    return (8 + 4) * FLOAT * G * S
+    return (5 + 6) * FLOAT * G * S
 
 
 def payloads(G: int, D: int, norms: int = NORMS) -> dict[str, int]:
