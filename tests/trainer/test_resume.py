@@ -18,8 +18,8 @@ COMMON = (
     "evaluation.sets=[]",
     "log_every_steps=1",
     "backbone.dropout=0.3",
-    "data.augment.brightness=0.3",
-    "data.augment.contrast=0.3",
+    "data.augment.photometric.probability=0.5",
+    "data.augment.occlusion.probability=0.5",
 )
 # Between them: every ZeRO stage, both sampling rates, a margin with statistics, moments of both kinds,
 # accumulation, both optimizers of the head.
@@ -146,7 +146,9 @@ POISON = """
             super().__init__()
             made.append(self)
     loop.Metrics = Kept
-    atexit.register(lambda: print("rollbacks", made[0].registry.get_sample_value("lgaf_rollbacks_total")))
+    # In one write each: two ranks share the pipe.
+    count = lambda: made[0].registry.get_sample_value("lgaf_rollbacks_total")
+    atexit.register(lambda: os.write(1, f"rollbacks {count()}\\n".encode()))
 """
 
 
