@@ -6,6 +6,7 @@ fields lie, and the numbers of all lines grow together, a digit at a time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,8 +82,9 @@ def _numbers(text: np.ndarray, begin_L: np.ndarray, end_L: np.ndarray) -> np.nda
 
 
 def _first_bad_line(text: bytes, lines_before: int, columns: int, expected: str) -> str:
-    for number, line in enumerate(text.splitlines(keepends=True), lines_before + 1):
-        fields = line.rstrip(b"\r\n").split(b"\t")
+    # Not by splitlines, for which a lone carriage return ends a line.
+    for number, line in enumerate(re.findall(rb"[^\n]*\n", text), lines_before + 1):
+        fields = line[:-1].removesuffix(b"\r").split(b"\t")
         numbers = (fields[0], fields[-1])
         if len(fields) != columns or not all(f.isdigit() and len(f) <= _MOST_DIGITS for f in numbers):
             return f"line {number} is {line[:60]!r}, expected {expected}"

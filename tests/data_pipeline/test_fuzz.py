@@ -90,6 +90,11 @@ FOUND = {
     "more digits than Python takes": ("idx alone", b"1\t" + b"9" * 5000 + b"\n", r"line 1 is b'1\\t9{50}"),
     "a comment of numpy's": ("idx alone", b"1\t0 # x\n", r"line 1 is b'1\\t0 # x"),
     "empty lines only": ("idx alone", b"\n\n", r"line 1 is b'\\n', expected"),
+    "a lone carriage return": (
+        "idx alone",
+        b"0\t0\n1\t44\r2\t100\n",
+        r"line 2 is b'1\\t44\\r2\\t100\\n'",
+    ),
 }
 
 
