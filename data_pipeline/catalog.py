@@ -66,8 +66,6 @@ class Catalog:
     def __init__(
         self, datasets: Sequence[Dataset], records: Records, num_classes: int, labels_crc32: int
     ) -> None:
-        # Plain views of the memory maps, whose own class takes a microsecond longer for each number.
-        records = Records(*map(np.asarray, records))
         self.datasets, self.num_classes = tuple(datasets), num_classes
         self.label_N, self.key_N, self.damaged_D = records.label_N, records.key_N, records.damaged_D
         self.file_N, self.offset_N, self.length_N = records.file_N, records.offset_N, records.length_N

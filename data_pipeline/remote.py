@@ -23,7 +23,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import os
 import queue
 import re
@@ -43,6 +42,7 @@ from fsspec.asyn import get_loop
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data_pipeline import counter, order
+from data_pipeline.tarshards import label_of_cls, label_of_json
 
 _Chunks = AsyncGenerator[tuple[int, bytes], None]
 
@@ -333,26 +333,14 @@ def _label(members: dict[str, Any], name: str) -> int:
     """What .cls says, else "label" or "cls" in .json."""
     text: bytes | None = members.get("cls", members.get("json"))
     label = None
-    # Deep nesting ends in RecursionError, bytes that are no text in UnicodeDecodeError, a ValueError.
-    with contextlib.suppress(ValueError, RecursionError):
-        label = _whole(members["cls"]) if "cls" in members else _whole_in_json(text or b"{}")
+    with contextlib.suppress(ValueError):  # more digits than Python takes
+        label = label_of_cls(members["cls"]) if "cls" in members else label_of_json(text or b"{}")
     if label is None or not 0 <= label < 1 << 63:
         raise RemoteError(
             f"{name}: expected a whole number from 0 in .cls, or as 'label' or 'cls' in .json, found "
             f"{'neither' if text is None else repr(text[:80])}; write it anew"
         )
     return label
-
-
-def _whole(text: bytes) -> int | None:
-    digits = text.strip()
-    return int(digits) if digits.isdigit() else None
-
-
-def _whole_in_json(text: bytes) -> int | None:
-    content = json.loads(text)
-    label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
-    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 class _Stream:

@@ -133,7 +133,7 @@ def _close_sample(
     if "image" in parts and parts["image"][1] and kind in parts:
         start, length = parts[kind]
         text = data[start : start + min(length, _LONGEST_LABEL[kind] + 1)]
-        label = _label_of_cls(text) if kind == "cls" else _label_of_json(text)
+        label = label_of_cls(text) if kind == "cls" else label_of_json(text)
         if label is None or len(text) > _LONGEST_LABEL[kind] or not 0 <= label <= _LARGEST_LABEL:
             wanted = "a whole number from 0" + (" under 'label' or 'cls'" if kind == "json" else "")
             raise ShardError(
@@ -151,12 +151,14 @@ def _close_sample(
         )
 
 
-def _label_of_cls(text: bytes) -> int | None:
+def label_of_cls(text: bytes) -> int | None:
+    """The whole number in a sample's .cls, None if it is none."""
     digits = text.strip()
     return int(digits) if digits.isdigit() else None
 
 
-def _label_of_json(text: bytes) -> int | None:
+def label_of_json(text: bytes) -> int | None:
+    """The whole number in a sample's .json, as "label", else "cls"; None if there is none."""
     try:
         content = json.loads(text)
     # Deep nesting ends in RecursionError, bytes that are no text in UnicodeDecodeError, a ValueError.
