@@ -1,4 +1,4 @@
-"""A folder that appears when it is complete, or not at all."""
+"""Folders that appear when they are complete, or not at all, and files that are on the disk when written."""
 
 from __future__ import annotations
 
@@ -75,3 +75,11 @@ def naming_full_disks(out: Path) -> Iterator[None]:
             f"{out}: expected room for a dataset, found none ({error.strerror}; {free_gb:.1f} GB are free "
             "now); nothing unfinished was left under a final name; free some space, or write elsewhere"
         ) from error
+
+
+def write_through(path: Path, text: str) -> None:
+    """Write a file whose content is on the disk when this returns; its name may still be on the way."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -93,7 +93,7 @@ def save(
     What was begun is removed if it fails: CheckpointError then, on all ranks.
     """
     final = files.final_path(run_dir, header.step)
-    partial = final.with_name(f".{final.name}.part")
+    partial = files.partial_path(final)
     try:
         _by_first(group, lambda: files.begin(run_dir, header.step))
         sums = _write(partial, state, group)

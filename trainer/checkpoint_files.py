@@ -20,10 +20,12 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+
+from data_pipeline.staging import write_through
 
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -117,6 +119,11 @@ def final_path(run_dir: Path, step: int) -> Path:
     return folder_of(run_dir) / f"step-{step:08d}"
 
 
+def partial_path(final: Path) -> Path:
+    """What a checkpoint is called while it is written or removed."""
+    return final.with_name(f".{final.name}.part")
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -135,8 +142,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def begin(run_dir: Path, step: int) -> Path:
     """An empty folder for the files of a checkpoint at `step`."""
-    final = final_path(run_dir, step)
-    partial = final.with_name(f".{final.name}.part")
+    partial = partial_path(final_path(run_dir, step))
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -148,10 +154,7 @@ def publish(partial: Path, final: Path, header: Header, files: dict[str, FileSum
 
     A checkpoint that has the name goes, but not before: a kill between the two renames is mended by `clean`.
     """
-    with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(_sealed(Manifest(header, time.time(), files)))
-        file.flush()
-        os.fsync(file.fileno())
+    write_through(partial / MANIFEST, _sealed(Manifest(header, time.time(), files)))
     _sync_folder(partial)
     before = final.with_name(f".{final.name}.old")
     if final.exists():
@@ -177,7 +180,7 @@ def clean(run_dir: Path) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; at no time is there a part of one under its name."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.part")
+    doomed = partial_path(checkpoint)
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
 
@@ -222,41 +225,44 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def wrong_size(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """A `Look` at the manifest and the files' sizes."""
-    try:
-        files = _share(read_manifest(checkpoint), part, parts)
-    except CheckpointError as error:
-        return str(error)
-    for name, wanted in files:
-        path = checkpoint / name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            return f"{path}: expected a file of {wanted.size} bytes, found: {error.strerror}"
-        if size != wanted.size:
-            return f"{path}: expected {wanted.size} bytes, found {size}"
-    return None
+    return _first_wrong(_wrong_size, checkpoint, part, parts)
 
 
 def wrong_sum(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """A `Look` at the manifest and every byte of the files."""
-    try:
-        files = _share(read_manifest(checkpoint), part, parts)
-    except CheckpointError as error:
-        return str(error)
-    for name, wanted in files:
-        path = checkpoint / name
-        try:
-            found = _sum_of(path)
-        except OSError as error:
-            return f"{path}: expected a file that can be read, found: {error.strerror}"
-        if found != wanted:
-            return f"{path}: expected CRC-32 {wanted.crc32}, found {found.crc32}"
-    return None
+    return _first_wrong(_wrong_sum, checkpoint, part, parts)
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """A `Look` at everything, at what is quickly seen first."""
     return wrong_size(checkpoint, part, parts) or wrong_sum(checkpoint, part, parts)
+
+
+def _first_wrong(
+    wrong: Callable[[Path, FileSum], str | None], checkpoint: Path, part: int, parts: int
+) -> str | None:
+    """What is wrong with the manifest, or with the first file of a part that has something wrong."""
+    try:
+        files = _share(read_manifest(checkpoint), part, parts)
+    except CheckpointError as error:
+        return str(error)
+    return next((found for name, wanted in files if (found := wrong(checkpoint / name, wanted))), None)
+
+
+def _wrong_size(path: Path, wanted: FileSum) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: expected a file of {wanted.size} bytes, found: {error.strerror}"
+    return None if size == wanted.size else f"{path}: expected {wanted.size} bytes, found {size}"
+
+
+def _wrong_sum(path: Path, wanted: FileSum) -> str | None:
+    try:
+        found = _sum_of(path)
+    except OSError as error:
+        return f"{path}: expected a file that can be read, found: {error.strerror}"
+    return None if found == wanted else f"{path}: expected CRC-32 {wanted.crc32}, found {found.crc32}"
 
 
 def _share(manifest: Manifest, part: int, parts: int) -> Iterable[tuple[str, FileSum]]:
