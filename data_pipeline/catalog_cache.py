@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.container import DatasetError
+from data_pipeline.staging import write_through
 
 Columns = Mapping[str, Sequence[np.ndarray]]
 Loaded = tuple[dict[str, np.ndarray], dict[str, Any]]
@@ -116,10 +117,7 @@ def _save(place: Path, prefix: str, entry: str, columns: Columns, facts: dict[st
     try:
         partial.chmod(0o755)  # others read it too
         sizes = {column: _write(partial / f"{column}.npy", pieces) for column, pieces in columns.items()}
-        with open(partial / _FACTS, "w", encoding="utf-8") as file:
-            json.dump({**facts, "bytes": sizes}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(partial / _FACTS, json.dumps({**facts, "bytes": sizes}))
         if _load(place / entry) is None:
             # A damaged one may be there; a whole one can only be the same, from a node without our lock.
             shutil.rmtree(place / entry, ignore_errors=True)

@@ -8,18 +8,16 @@ gets its name at the end; what a killed conversion left there is thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.catalog import Catalog, open_catalog
+from data_pipeline.container import Progress
 from data_pipeline.images import decoded
 from data_pipeline.insightface import FlatWriter
 from data_pipeline.staging import locked, naming_full_disks, staged
 from data_pipeline.tarshards import ShardIndex, ShardWriter, index_shard, shard_name
-
-Progress = Callable[[int, int], None]
 
 # There until all shards are: the finished ones of a killed conversion look like a whole dataset.
 _UNFINISHED = "unfinished.part"

@@ -24,6 +24,7 @@ import numpy as np
 
 from data_pipeline.labels_sidecar import write_labels
 from data_pipeline.recordio import FLOAT32_EXACT, RecordWriter, pack
+from data_pipeline.staging import write_through
 
 
 class InsightFaceWriter:
@@ -39,7 +40,6 @@ class InsightFaceWriter:
         self._size = size
         self._first_keys: list[int] = []
         self._next_key = 1
-        self._texts: dict[str, str] = {}
         self._records = RecordWriter(folder / "train.rec")
 
     def add(self, image: bytes, labels: float | tuple[float, ...]) -> None:
@@ -68,10 +68,6 @@ class InsightFaceWriter:
         self._records.write(self._next_key, pack(labels, self._next_key, image))
         self._next_key += 1
 
-    def add_text(self, name: str, text: str) -> None:
-        """Let the file `name` appear in the folder together with the records."""
-        self._texts[name] = text
-
     def __enter__(self) -> InsightFaceWriter:
         return self
 
@@ -81,19 +77,15 @@ class InsightFaceWriter:
         if kind is not None:
             self._records.__exit__(kind, error, trace)
             return
-        property_line = f"{len(self._first_keys)},{self._size},{self._size}\n"
-        texts = {"property": property_line, **self._texts}
-        partials = {name: self._folder / f"{name}.part" for name in texts}
+        path = self._folder / "property"
+        partial = path.with_name(f"{path.name}.part")
         try:
             with self._records:
                 self._write_index_records()
-                for name, partial in partials.items():
-                    _write_through(partial, texts[name])
-            for name, partial in partials.items():
-                os.replace(partial, self._folder / name)
+                write_through(partial, f"{len(self._first_keys)},{self._size},{self._size}\n")
+            os.replace(partial, path)
         finally:
-            for partial in partials.values():
-                partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def _write_index_records(self) -> None:
         """Key 0 and the identities."""
@@ -147,11 +139,4 @@ class FlatWriter:
             if label_N.max() > FLOAT32_EXACT:
                 write_labels(self._folder / "train.rec", np.arange(len(label_N)), label_N)
             height, width = self._image_size
-            _write_through(self._folder / "property", f"{label_N.max() + 1},{height},{width}\n")
-
-
-def _write_through(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+            write_through(self._folder / "property", f"{label_N.max() + 1},{height},{width}\n")

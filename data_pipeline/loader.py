@@ -215,14 +215,10 @@ class Loader(Decoding):
         if int(record) in self._quarantine:
             return None
         try:
-            image = self._catalog.image(int(record))
+            return self._catalog.image(int(record))
         except RecordError as error:
             self._quarantine_record(record, str(error))
             return None
-        if not len(image):
-            self._quarantine_record(record, "0 bytes")
-            return None
-        return image
 
     def _substitute(self, sample: int) -> tuple[np.int64, np.ndarray]:
         """Another record of the sample's step, and its image."""

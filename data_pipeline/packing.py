@@ -18,7 +18,7 @@ import csv
 import io
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline import counter
+from data_pipeline.container import Progress
 from data_pipeline.image_folder import listed
 from data_pipeline.insightface import FlatWriter, InsightFaceWriter
 from data_pipeline.parallel import in_order
@@ -36,7 +37,6 @@ from data_pipeline.tarshards import ShardWriter
 from data_pipeline.verification import write_pairs
 
 Format = Literal["rec", "tar"]
-Progress = Callable[[int, int], None]
 
 _PAIR_STREAM = 32
 # As many as in the published sets (LFW has 6,000 pairs, CFP-FP 7,000).
