@@ -49,6 +49,7 @@ class Quarantine:
         self._path, self._max_share = path, max_share
         self._found: dict[int, BadRecord] = {}
         self._seen = 0
+        self._known_size = self._known_lines = 0
         self._before = set() if path is None else _lines(path)  # of an earlier life of the run
 
     def __len__(self) -> int:
@@ -58,8 +59,13 @@ class Quarantine:
         return record in self._found
 
     def listed(self) -> int:
-        """Bad records that the processes of the run have listed so far."""
-        return len(self) if self._path is None else len(_lines(self._path))
+        """Bad records that the processes of the run have listed so far; the file is read if it has grown."""
+        if self._path is None:
+            return len(self)
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        if size != self._known_size:
+            self._known_size, self._known_lines = size, len(_lines(self._path))
+        return self._known_lines
 
     def count_seen(self, samples: int) -> None:
         """Take note that so many more samples have been asked for."""

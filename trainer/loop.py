@@ -202,16 +202,16 @@ class _Training:
             self._evaluate(first_step)
         self.saver.prepare(self._state())
         done, stopped_by = first_step, 0
-        while done < self.steps:
-            stopped_by = self._steps_from(done)
-            if stopped_by:
-                break
-            done = self.steps if self.skips_in_a_row < self.config.skip_limit else self._roll_back()
+        while done < self.steps and not stopped_by:
+            done, stopped_by = self._steps_from(done)
         self.saver.close()
         return stopped_by
 
-    def _steps_from(self, first_step: int) -> int:
-        """Steps until a signal, whose number is returned, the last step, or too many skips in a row."""
+    def _steps_from(self, first_step: int) -> tuple[int, int]:
+        """Steps until the last one, a signal, or too many skips in a row, which lead back to a checkpoint.
+
+        Returns the step to go on from and the number of the signal, 0 if there was none.
+        """
         self.loader, pace = self._loader(first_step), Pace()
         for step in range(first_step, self.steps):
             outcome = self._step(step, self.loader, pace, is_slow=step == first_step)
@@ -229,24 +229,16 @@ class _Training:
                 is_save_due |= self.saver.look()
             if outcome.signal:
                 self._save_and_leave(done, outcome.signal)
-                return outcome.signal
+                return done, outcome.signal
             if is_too_much:
-                if self._is_hopeless(done):
-                    rate = self._rate(step)
-                    raise ValueError(
-                        _diagnosis(
-                            done, self.skips_in_a_row, self.rollbacks, float(outcome.loss), rate, self.config
-                        )
-                    )
-                self.failed_at = done
-                return 0
+                return self._roll_back(done, float(outcome.loss)), 0
             # While steps are skipped the state may be what makes them fail: the one before is kept instead.
             if is_save_due and self.skips_in_a_row == 0:
                 self._save(done)
             if self._is_due(done, self.config.evaluation.every_steps):
                 self._evaluate(done)
             pace.leave_out_since_step()
-        return 0
+        return self.steps, 0
 
     def _lacks_evaluation(self, step: int) -> bool:
         """Whether an earlier life of the run ended between the checkpoint of a step and its evaluation."""
@@ -277,17 +269,21 @@ class _Training:
         who = name_of(signal) if signal else "another rank was told to stop"
         self.display.say(f"{who}: {what}; leaving with exit code {EXIT_CODE}, to be started again")
 
-    def _is_hopeless(self, step: int) -> bool:
-        """Whether going back would only lead here again."""
-        self.saver.wait()
-        is_worse = self.rollbacks == self.config.rollback_limit or step <= self.failed_at
-        return is_worse or _agreed_checkpoint(self.config, self.ranks) is None
+    def _roll_back(self, failed_step: int, loss: float) -> int:
+        """Load the newest checkpoint into network and head; returns its step.
 
-    def _roll_back(self) -> int:
-        """Load the newest checkpoint into network and head; returns its step."""
-        self.ranks.pulse.note(self.failed_at, "going back to a checkpoint", is_slow=True)
-        latest = _agreed_checkpoint(self.config, self.ranks)
-        assert latest is not None
+        Raises ValueError, on all ranks alike, if that would only lead here again, or there is none.
+        """
+        self.ranks.pulse.note(failed_step, "going back to a checkpoint", is_slow=True)
+        self.saver.wait()
+        is_worse = self.rollbacks == self.config.rollback_limit or failed_step <= self.failed_at
+        latest = None if is_worse else _agreed_checkpoint(self.config, self.ranks)
+        if latest is None:
+            rate = self._rate(failed_step - 1)
+            raise ValueError(
+                _diagnosis(failed_step, self.skips_in_a_row, self.rollbacks, loss, rate, self.config)
+            )
+        self.failed_at = failed_step
         state = self._state()
         checkpoint.load(latest, state, group=self.ranks.group)
         self.engine.load_state(state)
@@ -442,7 +438,7 @@ def _diagnosis(step: int, skips: int, rollbacks: int, loss: float, rate: float, 
         f"steps {step - skips + 1} to {step}: {where} was not finite in any of these {skips} (skip_limit), "
         f"so none was taken{again}: training has diverged. Look at, in this order: the learning rate, "
         f"{rate:.3g} now: lower optimizer.learning_rate or lengthen optimizer.warmup_steps; the labels: "
-        f"identities mixed up in {', '.join(map(str, config.data.path))} "
+        f"identities mixed up in {', '.join(map(str, config.data.path or config.data.shards))} "
         "let the loss rise until it breaks; head.scale, "
         f"{config.head.scale:g} now, and the size of head.margin: lower them. Then train anew in another "
         "run_dir"
