@@ -12,3 +12,11 @@ def slurm_cluster() -> Iterator[LoopbackSlurm]:
     """A running Slurm of two nodes, 16 claimed CPUs each; ends with the session."""
     with LoopbackSlurm() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # As torchrun sets it: the order of a floating-point sum depends on the number of threads.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield

@@ -31,14 +31,6 @@ def losses(run_dir):
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # As torchrun sets it: the order of a floating-point sum depends on the number of threads.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "demo"
