@@ -49,6 +49,7 @@ from trainer.saver import Saver
 HOUR_S = 3600
 FAILURES_EVERY_H = (1, 4, 24, 24 * 7)
 HEADER = Header(1, {}, {}, {})
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def save_raw(folder: Path, state: State) -> float:
     with open(folder / "raw", "wb") as file:
         for tensors in local(state).values():
             for tensor in tensors.values():
-                file.write(memoryview(tensor.contiguous().view(-1).numpy()).cast("B"))
+                whole = memoryview(tensor.contiguous().view(-1).numpy()).cast("B")
+                # In pieces, so that the disk begins while the rest is still being handed over.
+                for start in range(0, len(whole), PIECE):
+                    file.write(whole[start : start + PIECE])
         file.flush()
         os.fsync(file.fileno())
     return time.perf_counter() - started
