@@ -1,19 +1,24 @@
 """Kill a random rank of a running training again and again; at the end, compare with a run left in peace.
 
     python -m tests.trainer.soak --kills 50        or: make soak
+    python -m tests.trainer.soak --every-s 40      how much of its time is of use, and how much was expected
 
 torchrun starts the ranks anew after each kill. A kill comes after the run has got further than before: at a
 random time, or, every second one, while a checkpoint is being written; some follow while it starts again.
+With --every-s they come as failures do, at any time, and trainer/goodput.py is asked for its opinion.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
@@ -25,8 +30,11 @@ import torch
 from data_pipeline.synthetic_set import write_set
 from tests.trainer.conftest import SMALL, command, environment, losses, train_words
 from tests.trainer.processes import children, state_of
+from trainer import records
+from trainer.goodput import goodput
 
 STEPS_BETWEEN_KILLS = 6
+STEPS_BETWEEN_SAVES = 20  # where kills come at any time
 KILL_WITHIN_S = 1.5
 STARTING_S = 8.0
 AGAIN_SHARE = 0.2
@@ -44,15 +52,13 @@ class Outcome(NamedTuple):
 
 def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outcome:
     """A whole training of two ranks, of which `kills` times one is killed."""
-    words = command(*train_words(run_dir, data, *OPTIONS, f"steps={steps}"), ranks=2)
-    words.insert(words.index("--standalone"), f"--max-restarts={kills}")
+    words = train_words(run_dir, data, *OPTIONS, f"steps={steps}")
     dice, started = random.Random(seed), time.monotonic()
     reached: list[int] = []
     lives: dict[int, int] = {}  # number of a life that began to train -> the last step it recorded
     saving = 0
     log = run_dir.with_suffix(".log")
-    with open(log, "w") as said:
-        process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=said)
+    process = start(words, log, kills)
     while len(reached) < kills and process.poll() is None:
         is_again = len(reached) > 0 and dice.random() < AGAIN_SHARE
         if is_again:
@@ -83,6 +89,14 @@ def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outco
     lives = {len(firsts): steps} | {number: end for number, end in lives.items() if 0 < number < len(firsts)}
     computed = sum(end - firsts[number - 1] for number, end in lives.items())
     return Outcome(len(reached), saving, computed, time.monotonic() - started)
+
+
+def start(words: list[str], log: Path, restarts: int) -> subprocess.Popen[bytes]:
+    """Two ranks under torchrun, which starts them again."""
+    launch = command(*words, ranks=2)
+    launch.insert(launch.index("--standalone"), f"--max-restarts={restarts}")
+    with open(log, "w") as said:
+        return subprocess.Popen(launch, env=environment(), stdout=subprocess.DEVNULL, stderr=said)
 
 
 def is_saving(run_dir: Path) -> bool:
@@ -131,11 +145,55 @@ def soak(folder: Path, data: Path, kills: int, seed: int) -> str:
     )
 
 
+def useful_share(folder: Path, data: Path, mean_s: float, seed: int, steps: int, every_steps: int) -> str:
+    """A run that is killed every `mean_s` seconds on average: its useful time, measured and expected.
+
+    Useful are `steps` times what a step takes in this run when none fails, hold-ups by checkpoints included.
+    A restart is measured from the kill to the end of the first step after it, less one step.
+    """
+    run_dir, dice = folder / "run", random.Random(seed)
+    options = (*OPTIONS, f"checkpoint.every_steps={every_steps}", f"steps={steps}")
+    began = time.time()
+    process = start(train_words(run_dir, data, *options), folder / "run.log", 1000)
+    kills = []
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=dice.expovariate(1 / mean_s))
+        victims = children(process)
+        if victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(dice.choice(victims), signal.SIGKILL)
+                kills.append(time.time())
+    wall_s = time.time() - began
+    ends = sorted(record["time_s"] for record in records.read(run_dir) if record["kind"] == "train")
+    step_s = statistics.median(after - before for before, after in itertools.pairwise(ends))
+    starts = [
+        next(end for end in [*ends, math.inf] if end > killed) - killed - step_s
+        for killed, next_kill in itertools.pairwise([*kills, math.inf])
+        if any(killed < end < next_kill for end in ends)
+    ]
+    restart_s = statistics.mean(starts)
+    expected = goodput(
+        every_steps * step_s, hold_s=0, restart_s=restart_s, mean_time_between_failures_s=wall_s / len(kills)
+    )
+    return (
+        f"{len(kills)} kills in {wall_s:.0f} s, {restart_s:.1f} s to start again, "
+        f"{steps} steps of {step_s:.3f} s, "
+        f"a checkpoint every {every_steps}: useful {steps * step_s / wall_s:.1%}, expected {expected:.1%}"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every-s", type=float, help="mean time between kills that come at any time")
+    parser.add_argument("--steps", type=int, default=3000, help="length of the run, with --every-s")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        write_set(Path(temporary) / "set", SMALL)
-        print(soak(Path(temporary), Path(temporary) / "set", given.kills, given.seed))
+        folder, data = Path(temporary), Path(temporary) / "set"
+        write_set(data, SMALL)
+        if given.every_s is None:
+            print(soak(folder, data, given.kills, given.seed))
+        else:
+            print(useful_share(folder, data, given.every_s, given.seed, given.steps, STEPS_BETWEEN_SAVES))
