@@ -89,8 +89,8 @@ class Scores:
     """What a protocol found, in one of its conventions.
 
     `figures` are what tables and JSON show, rates from 0 to 1: "tar_at_far_0.0001", "rank_1", "map".
-    `convention` is one sentence: which of the published ways to count this is. `roc` is FAR and TAR, [R] each,
-    rising; `cmc` has curves by name, the rate of probes found at rank 1, 2, ... .
+    `convention` is one sentence: which of the published ways to count this is. `roc` is FAR and TAR,
+    [R] each, rising; `cmc` has curves by name, the rate of probes found at rank 1, 2, ... .
     """
 
     figures: dict[str, float]
@@ -121,16 +121,19 @@ class ProtocolFileError(ValueError):
 
 
 def check_embeddings(emb_ND: np.ndarray, faces: Sequence[Face]) -> None:
-    """Raises ValueError if there is not one row per face, or a row is only zeros, or holds NaN or infinity."""
+    """Raises ValueError if there is not one row per face, or one is only zeros or holds NaN or infinity."""
     if emb_ND.ndim != 2 or len(emb_ND) != len(faces):
-        raise ValueError(f"expected {len(faces)} embeddings, one for each picture, found shape {emb_ND.shape}")
+        raise ValueError(
+            f"expected {len(faces)} embeddings, one for each picture, found shape {emb_ND.shape}"
+        )
     for part in chunks(len(emb_ND)):
         peak_N = np.abs(emb_ND[part]).max(axis=1, initial=0.0)
         bad_N = np.flatnonzero(~np.isfinite(peak_N) | (peak_N == 0))
         if len(bad_N):
             found = "only zeros" if peak_N[bad_N[0]] == 0 else "NaN or infinity"
+            path = faces[part.start + int(bad_N[0])].path
             raise ValueError(
-                f"{faces[part.start + int(bad_N[0])].path}: expected an embedding with a direction, found {found}; "
+                f"{path}: expected an embedding with a direction, found {found}; "
                 "check that the network's weights are finite"
             )
 
