@@ -13,16 +13,16 @@ Shapes: N faces, D dimensions, R points of a curve, B bins.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import numpy as np
 
-# Rows of a float32 [N, 512] that are looked at together: 32 MiB.
-CHUNK = 16384
+from trainer.evaluation.similarity import chunks
 
 
 class Face(NamedTuple):
@@ -39,7 +39,7 @@ class Face(NamedTuple):
 class Faces(Sequence[Face]):
     """Faces as arrays; each `Face` is made when it is asked for, so that a million take tens of megabytes.
 
-    `name_N` are the files' paths below `folder`, as UTF-8 bytes (dtype S); `landmark_N52` is float32.
+    `name_N` are the files' paths below `folder`, as bytes (dtype S); `landmark_N52` is float32.
     """
 
     def __init__(self, folder: Path, name_N: np.ndarray, landmark_N52: np.ndarray | None = None) -> None:
@@ -56,7 +56,7 @@ class Faces(Sequence[Face]):
         landmark = None if self._landmark_N52 is None else self._landmark_N52[index]
         if isinstance(index, slice):
             return Faces(self._folder, self._name_N[index], landmark)
-        return Face(self._folder / self._name_N[index].decode(), landmark)
+        return Face(self._folder / os.fsdecode(self._name_N[index]), landmark)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +73,11 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Rejection:
-    """Error against the share of pairs that were turned away for their quality.
+    """Error against the share of genuine pairs that were turned away for their quality.
 
-    `fnmr_R` is the false non-match rate at the threshold that has a false match rate of `fmr` over all
-    pairs, among the pairs left when the share `rejected_R` of them, of least quality, has been rejected.
+    `fnmr_R` is the false non-match rate, at the threshold that has a false match rate of `fmr` over all
+    impostor pairs, of the genuine pairs left when the share `rejected_R` of least quality has been rejected.
+    P. Grother and E. Tabassi, Performance of biometric quality measures, IEEE PAMI 29(4), 2007.
     """
 
     fmr: float
@@ -136,15 +137,3 @@ def check_embeddings(emb_ND: np.ndarray, faces: Sequence[Face]) -> None:
                 f"{path}: expected an embedding with a direction, found {found}; "
                 "check that the network's weights are finite"
             )
-
-
-def unit_rows(emb_ND: np.ndarray) -> np.ndarray:
-    """A float32 copy with rows of length 1; none of them may be zero."""
-    emb_ND = np.array(emb_ND, np.float32)
-    emb_ND /= np.linalg.norm(emb_ND, axis=1, keepdims=True)
-    return emb_ND
-
-
-def chunks(length: int, size: int = CHUNK) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(length)."""
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
