@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,15 @@ def read_table(path: Path, columns: Columns, *, delimiter: str | None = None, he
     dtype = np.dtype(columns)
     size = sum(int(np.prod(dtype[name].shape)) for name in dtype.names or ())
     try:
-        with open(path, encoding="latin-1") as file:
+        with open(path, encoding="latin-1") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty file, which is told below
             table = np.loadtxt(
                 file, dtype, delimiter=delimiter, skiprows=header, usecols=range(size), ndmin=1, comments=None
             )
     except OSError as error:
         raise missing(path, error) from error
-    except ValueError as error:
-        raise _bad_line(path, dtype, delimiter, header) from error
+    except (ValueError, OverflowError) as error:
+        raise _bad_line(path, dtype, delimiter, header, error) from error
     if not len(table):
         raise ProtocolFileError(
             f"{path}: expected lines of {_fields(dtype)}, found none; copy the file again"
@@ -59,19 +61,18 @@ def missing(path: Path, error: OSError) -> ProtocolFileError:
     )
 
 
-def _bad_line(path: Path, dtype: np.dtype, delimiter: str | None, header: int) -> ProtocolFileError:
-    kinds = [
-        dtype[name].base.type for name in dtype.names or () for _ in range(int(np.prod(dtype[name].shape)))
-    ]
+def _bad_line(path: Path, dtype: np.dtype, delimiter: str | None, header: int, why: Exception) -> Exception:
+    """The error of the first line that does not fit; NumPy's own `why` counts some lines and some not."""
+    shapes = [(dtype[name].base.type, int(np.prod(dtype[name].shape))) for name in dtype.names or ()]
+    kinds = [kind for kind, count in shapes for _ in range(count)]
     with open(path, encoding="latin-1") as file:
         for number, line in enumerate(file, 1):
-            fields = line.split(delimiter)
-            if number > header and line.strip() and not _fits(fields, kinds):
-                break
-    found = line.strip()[:80]
-    return ProtocolFileError(
-        f"{path}, line {number}: expected {_fields(dtype)}, found {found!r}; copy the file again"
-    )
+            if number > header and line.strip() and not _fits(line.split(delimiter), kinds):
+                return ProtocolFileError(
+                    f"{path}, line {number}: expected {_fields(dtype)}, found {line.strip()[:80]!r}; "
+                    "copy the file again"
+                )
+    return ProtocolFileError(f"{path}: expected lines of {_fields(dtype)}: {why}; copy the file again")
 
 
 def _fits(fields: list[str], kinds: list[type]) -> bool:
@@ -79,7 +80,7 @@ def _fits(fields: list[str], kinds: list[type]) -> bool:
         for field, kind in zip(fields, kinds, strict=False):
             if issubclass(kind, np.number):
                 kind(field)
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
     return len(fields) >= len(kinds)
 
