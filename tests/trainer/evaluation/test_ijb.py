@@ -75,20 +75,25 @@ def test_known_answer_by_hand(small):
 
 
 def twin(emb, faces, pairs, galleries, probes):
-    """All of it by plain loops: TAR at FAR 0.1 and 0.01, ranks and TPIR at FPIR 0.1 by gallery."""
-    pooled = {}
+    """All by plain loops: TAR at FAR 0.1 and 0.01, ranks and TPIR at FPIR 0.1 by gallery; and the FNMR at
+    an FMR of 0.001 when all genuine pairs with a template of less than the median length are rejected."""
+    pooled, length = {}, {}
     for template in {face[0] for face in faces}:
         rows = [i for i, face in enumerate(faces) if face[0] == template]
         media = {faces[i][1] for i in rows}
         total = sum(
             np.mean([emb[i] * faces[i][2] for i in rows if faces[i][1] == medium], axis=0) for medium in media
         )
-        pooled[template] = total / np.linalg.norm(total)
+        length[template] = np.linalg.norm(total)
+        pooled[template] = total / length[template]
     figures = {}
     genuine = np.array([pooled[a] @ pooled[b] for a, b, label in pairs if label])
     impostor = np.sort([pooled[a] @ pooled[b] for a, b, label in pairs if not label])
     for far in (0.1, 0.01):
         figures[f"tar_at_far_{far}"] = (genuine > impostor[-1 - round(far * len(impostor))]).mean()
+    quality = np.array([min(length[a], length[b]) for a, b, label in pairs if label])
+    kept = quality >= np.median(quality)
+    fnmr = (genuine[kept] <= impostor[-1 - int(0.001 * len(impostor))]).mean()
     for name, gallery in galleries.items():
         ranks, mate, stranger = [], [], []
         for template, subject in probes:
@@ -103,7 +108,7 @@ def twin(emb, faces, pairs, galleries, probes):
         figures[f"tpir_at_fpir_0.1_{name}"] = np.mean(np.array(mate) > least)
     for figure in ("rank_1", "rank_5", "rank_10", "tpir_at_fpir_0.1"):
         figures[figure] = np.mean([figures[f"{figure}_{name}"] for name in galleries])
-    return figures
+    return figures, 1 - kept.mean(), fnmr
 
 
 def test_equals_plain_loops(tmp_path):
@@ -119,18 +124,22 @@ def test_equals_plain_loops(tmp_path):
     galleries = [[(t, s) for t, s, nth in templates if nth == 0 and s % 2 == half] for half in (0, 1)]
     probes = [(t, s) for t, s, nth in templates if nth > 0]
     subject_of = {t: s for t, s, _ in templates}
-    pairs = [(int(a), int(b)) for a, b in rng.choice(list(subject_of), (1000, 2)) if a != b]
+    pairs = [(int(a), int(b)) for a, b in rng.choice(list(subject_of), (1500, 2)) if a != b]
     pairs = [(a, b, int(subject_of[a] == subject_of[b])) for a, b in pairs]
     folder = write_ijb(tmp_path / "IJBB", faces, pairs, galleries, probes, prefix="ijbb")
     centre = rng.normal(size=(40, 12))
-    emb = centre[[subject_of[face[0]] for face in faces]] + 1.3 * rng.normal(size=(len(faces), 12))
+    emb = centre[[subject_of[face[0]] for face in faces]] + 0.8 * rng.normal(size=(len(faces), 12))
     emb = (emb * rng.uniform(1, 20, (len(faces), 1))).astype(np.float32)
     scores = IJB(folder).score(emb)
-    expected = twin(emb, faces, pairs, dict(zip(("S1", "S2"), galleries, strict=True)), probes)
+    expected, rejected, fnmr = twin(
+        emb, faces, pairs, dict(zip(("S1", "S2"), galleries, strict=True)), probes
+    )
     found = scores["1:1"].figures | scores["1:N"].figures
     assert 0.2 < expected["rank_1"] < 1
     assert {key: found[key] for key in expected} == pytest.approx(expected)
-    assert scores["1:1"].rejection is None
+    curve = scores["1:1"].rejection
+    assert 0.05 < fnmr < 0.95
+    assert curve.fnmr_R[np.isclose(curve.rejected_R, rejected)] == pytest.approx([fnmr])
     assert scores["1:1"].histogram.impostor_B.sum() == sum(not label for *_, label in pairs)
 
 

@@ -50,7 +50,8 @@ def test_histogram_counts_every_pair_once():
 
 def test_rejecting_the_worst_pairs_takes_the_errors_that_they_make():
     impostor = np.linspace(0, 0.5, 1001)
-    genuine = np.array([0.1, 0.9, 0.2, 0.9, 0.9])
+    # The threshold is the second largest impostor; who only equals it is not accepted.
+    genuine = np.array([0.1, 0.9, impostor[-2], 0.9, 0.9])
     quality = np.array([1.0, 9.0, 2.0, 3.0, 3.0])
     curve = pair_curves.rejection(genuine, quality, impostor, 1e-3)
     np.testing.assert_allclose(curve.rejected_R, [0, 0.2, 0.4, 0.8])
