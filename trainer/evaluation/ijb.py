@@ -89,20 +89,18 @@ class IJB(Protocol):
         )
 
     def _identify(self, unit_TD: np.ndarray) -> Scores:
-        figures: dict[str, float] = {}
+        found: dict[str, dict[str, float]] = {}
         curves = {}
         for name, gallery in self._galleries.items():
             search, mated_P = _search(unit_TD, self._probes, gallery)
-            curves[name] = cmc(search.first_rank(), len(gallery.template_P))
-            rank = {
-                f"rank_{rank}_{name}": float(curves[name][min(rank, len(curves[name])) - 1]) for rank in RANKS
-            }
-            figures |= rank | _tpir_at_fpir(search, mated_P, name)
-        names = list(self._galleries)
-        for figure in [key.removesuffix(f"_{names[0]}") for key in figures if key.endswith(names[0])]:
-            figures[figure] = float(np.mean([figures[f"{figure}_{name}"] for name in names]))
+            curve = curves[name] = cmc(search.first_rank(), max(len(gallery.template_P), *RANKS))
+            found[name] = {f"rank_{rank}": float(curve[rank - 1]) for rank in RANKS}
+            found[name] |= _tpir_at_fpir(search, mated_P)
+        each = {f"{figure}_{name}": rate for name in found for figure, rate in found[name].items()}
+        first, second = found.values()
+        mean = {figure: (first[figure] + second[figure]) / 2 for figure in first if figure in second}
         return Scores(
-            figures=figures,
+            figures=mean | each,
             convention=(
                 f"1:N with mixed probes, each gallery on its own and the mean of both: {_POOLING}; ranks "
                 "over the probes that have a mate in the gallery, TPIR whatever the mate's rank"
@@ -190,10 +188,10 @@ def _search(unit_TD: np.ndarray, probes: _Subjects, gallery: _Subjects) -> tuple
     return search, np.isin(probes.subject_P, gallery.subject_P)
 
 
-def _tpir_at_fpir(search: Search, mated_P: np.ndarray, name: str) -> dict[str, float]:
+def _tpir_at_fpir(search: Search, mated_P: np.ndarray) -> dict[str, float]:
     threshold = {fpir: pair_curves.strict_threshold(search.best_P[~mated_P], fpir) for fpir in FPIRS}
     return {
-        f"tpir_at_fpir_{fpir:g}_{name}": float((search.first_similarity() > least).mean())
+        f"tpir_at_fpir_{fpir:g}": float((search.first_similarity() > least).mean())
         for fpir, least in threshold.items()
         if least is not None
     }
