@@ -107,8 +107,9 @@ def look(model: Backbone, images_BHWC: np.ndarray, *, flip: bool) -> Columns:
     images_BCHW = to_network(images_BHWC, next(model.parameters()).device)
     views = [images_BCHW, images_BCHW.flip(3)] if flip else [images_BCHW]
     seen = [_seen(model, view_BCHW) for view_BCHW in views]
-    columns = {name: torch.stack([one[name] for one in seen]).mean(0).cpu().numpy() for name in seen[0]}
-    return columns | {"quality": np.linalg.norm(columns["embedding"], axis=1)}
+    mean = {name: torch.stack([one[name] for one in seen]).mean(0).cpu().numpy() for name in seen[0]}
+    emb_BD = mean.pop("embedding")
+    return {"embedding": emb_BD, "quality": np.linalg.norm(emb_BD, axis=1), **mean}
 
 
 @torch.inference_mode()

@@ -81,6 +81,11 @@ def _difference(network: Network, embed: Embedder | None, out: Path) -> float | 
     size = network.image_size
     images_BCHW = torch.rand(_CHECKED, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected_BD = network.model(images_BCHW).emb_BD
+    if not expected_BD.isfinite().all():
+        raise ValueError(
+            f"{out}: expected finite embeddings of the network itself, found NaN or infinity; not written. "
+            "Its training has diverged: use an earlier checkpoint"
+        )
     length_B1 = expected_BD.norm(dim=1, keepdim=True)
     difference = ((embed(images_BCHW) - expected_BD) / length_B1).abs().max().item()
     if not difference <= TOLERANCE:  # NaN as well

@@ -76,6 +76,14 @@ def test_a_file_that_embeds_differently_is_not_left(tmp_path, monkeypatch, facto
     assert out.read_text() == "of yesterday"
 
 
+def test_a_network_that_has_diverged_is_not_exported(tmp_path):
+    network = small_network()
+    network.model.trunk.fc.bias.data[3] = float("nan")
+    with pytest.raises(ValueError, match="embeddings of the network itself, found NaN or infinity"):
+        export.export(network, tmp_path / "n.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_unknown_suffix_lists_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.safetensors, \.onnx, \.pt2, found '\.pth'"):
         export.format_of(tmp_path / "n.pth")
