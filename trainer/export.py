@@ -44,7 +44,6 @@ class Format(NamedTuple):
     """How a network is written to a file, and how the file's own reader embeds images [B, 3, S, S] by it."""
 
     packages: tuple[str, ...]
-
     write: Callable[[Network, Path], None]
     read: Callable[[Path], Embedder | None]
 
