@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline import commands, settings
-from trainer import checkpoint_commands
+from trainer import checkpoint_commands, network_commands
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -91,6 +91,10 @@ def evaluate(
     results = job.evaluate(checkpoint, pairs, batch_size)
     if results is not None:
         typer.echo(json.dumps({name: result.summary() for name, result in results.items()}, indent=2))
+
+
+for _command in (network_commands.export, network_commands.embed, network_commands.compare):
+    app.command()(_command)
 
 
 def main() -> None:
