@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps
 
 from data_pipeline.image_folder import listed
 from data_pipeline.images import DecodeError, wrong_size
@@ -134,7 +133,7 @@ def read_picture(path: Path, image_size: int) -> np.ndarray:
     reason = wrong_size(*image.size)
     if reason is not None:
         raise DecodeError(str(path), reason)
-    return np.asarray(resized(ImageOps.exif_transpose(image), image_size))
+    return np.asarray(resized(image, image_size))
 
 
 def _rows(network: Network, files: list[Path], batch_size: int, flip: bool) -> Iterator[Columns]:

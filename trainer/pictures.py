@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_pipeline.images import DecodeError, decoded
 
@@ -28,7 +28,7 @@ _BATCHES_AHEAD = 2
 
 
 def open_picture(path: Path, encoded: bytes | None = None) -> Image.Image:
-    """The picture in a file, or in the bytes `encoded` that `path` is the name of, in RGB.
+    """The picture in a file, or in the bytes `encoded` that `path` is the name of: RGB, upright as EXIF says.
 
     Raises DecodeError, naming the path, if there is none that can be decoded.
     """
@@ -37,7 +37,8 @@ def open_picture(path: Path, encoded: bytes | None = None) -> Image.Image:
             encoded = path.read_bytes()
         except OSError as error:
             raise DecodeError(str(path), error.strerror or str(error)) from error
-    return decoded(np.frombuffer(encoded, np.uint8), str(path)).convert("RGB")
+    # DALI, which training decodes with, turns pictures too, and so does OpenCV, with which points were found.
+    return ImageOps.exif_transpose(decoded(np.frombuffer(encoded, np.uint8), str(path))).convert("RGB")
 
 
 def resized(image: Image.Image, size: int) -> Image.Image:
@@ -51,9 +52,7 @@ def to_network(images_BHWC: np.ndarray, device: torch.device) -> torch.Tensor:
     return images.float().sub_(127.5).div_(127.5).contiguous()
 
 
-def ahead(
-    load: Callable[[T], R], items: Iterable[T], *, batch_size: int, threads: int
-) -> Iterator[list[R]]:
+def ahead(load: Callable[[T], R], items: Iterable[T], *, batch_size: int, threads: int) -> Iterator[list[R]]:
     """`load` of all items in order, `batch_size` at a time (the last batch may be smaller).
 
     Threads keep two batches ready. What `load` raises comes out when its batch is asked for, and ends it.

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_pipeline.decode import decode_all
+from data_pipeline import augment
+from data_pipeline.config import AugmentConfig
+from data_pipeline.decode import Decoder
 from data_pipeline.images import DecodeError
 from tests.trainer.networks import STEP, embedded, small_network
 from trainer import embed, embedding_file, extraction
@@ -185,8 +187,17 @@ def test_pictures_are_read_as_training_reads_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     paint(path, size=(100, 80), quality=95, exif=exif)
-    (images_BCHW,) = decode_all(
-        [path.read_bytes()], "", batch_size=1, image_size=SIZE, threads=1, device_id=None
+    images_BCHW = next(
+        Decoder(
+            lambda i: ([np.frombuffer(path.read_bytes(), np.uint8)], augment.none(1)),
+            lambda i, row: "",
+            batch_size=1,
+            image_size=SIZE,
+            threads=1,
+            prefetch_batches=1,
+            device_id=None,
+            changes=AugmentConfig(),
+        )
     )
     expected = (images_BCHW[0] * 127.5 + 127.5).permute(1, 2, 0).numpy()
     assert (
