@@ -19,7 +19,7 @@ import torch
 from data_pipeline.staging import staged_file
 from trainer import backbones, checkpoint, checkpoint_files
 from trainer.backbones import Backbone, BackboneConfig
-from trainer.config import RunConfig
+from trainer.config import EngineConfig, RunConfig
 from trainer.distributed import Ranks, join
 from trainer.packages import require
 
@@ -27,12 +27,16 @@ SAFETENSORS = ".safetensors"
 
 
 class Network(NamedTuple):
-    """A trained network in evaluation mode, its configuration, and the step at which it was saved."""
+    """A trained network in evaluation mode, its configuration, and the step at which it was saved.
+
+    `engine` says how the run computed; a file of the network alone does not tell, and has the defaults.
+    """
 
     model: Backbone
     config: BackboneConfig
     image_size: int
     step: int
+    engine: EngineConfig = EngineConfig()
 
     def facts(self) -> dict[str, str]:
         """What a user of the bare weights or of the graph must know, as texts for a file's metadata."""
@@ -61,7 +65,7 @@ def network_of(path: Path, ranks: Ranks) -> Network:
     config = RunConfig.model_validate(header.config)
     model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
     checkpoint.load(found, checkpoint.backbone_state(model), group=ranks.group)
-    return Network(model, config.backbone, config.data.image_size, header.step)
+    return Network(model, config.backbone, config.data.image_size, header.step, config.engine)
 
 
 def network_alone(path: Path) -> Network:

@@ -30,10 +30,12 @@ class Face(NamedTuple):
 
     `landmark_52` is float32, x and y in pixels: the eye on the picture's left, the other eye, the tip of the
     nose, the corners of the mouth in the order of the eyes. None means that the picture is cropped already.
+    `encoded` is the picture itself where it lies inside another file; `path` is then only what to call it.
     """
 
     path: Path
     landmark_52: np.ndarray | None
+    encoded: bytes | None = None
 
 
 class Faces(Sequence[Face]):
@@ -100,6 +102,10 @@ class Scores:
     cmc: Mapping[str, np.ndarray] = field(default_factory=dict)
     histogram: Histogram | None = None
     rejection: Rejection | None = None
+
+
+# Protocol -> task -> what was found.
+Results = dict[str, dict[str, Scores]]
 
 
 class Protocol(ABC):
