@@ -215,36 +215,3 @@ def _reason(encoded: np.ndarray, error: RuntimeError) -> str:
     except DecodeError as found:
         return found.reason
     return str(error).strip().splitlines()[-1]
-
-
-def decode_all(
-    encoded: list[bytes],
-    name: str,
-    *,
-    first: int = 0,
-    batch_size: int,
-    image_size: int,
-    threads: int,
-    device_id: int | None,
-) -> Iterator[torch.Tensor]:
-    """Decode a list of images in order, unaugmented, `batch_size` at a time (the last batch may be smaller).
-
-    Raises DecodeError naming `name` and the image's number, counted from `first`.
-    """
-
-    def source(i: int) -> EncodedBatch:
-        rows = encoded[i * batch_size : (i + 1) * batch_size]
-        if not rows:
-            raise StopIteration
-        return [np.frombuffer(row, np.uint8) for row in rows], augment.none(len(rows))
-
-    return Decoder(
-        source,
-        lambda i, row: f"{name}: image {first + i * batch_size + row}",
-        batch_size=batch_size,
-        image_size=image_size,
-        threads=threads,
-        prefetch_batches=2,
-        device_id=device_id,
-        changes=AugmentConfig(),
-    )

@@ -1,4 +1,4 @@
-"""Single images through Pillow, for messages, facts and contact sheets; training decodes with DALI."""
+"""Single images through Pillow, wherever it is not training that decodes."""
 
 from __future__ import annotations
 

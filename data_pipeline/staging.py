@@ -37,6 +37,26 @@ def staged(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """A hidden name beside `out` with the same suffix, to write a file to.
+
+    The file is put on the disk and gets the name `out`, which may be another's until then, when the block is
+    left without an exception; else it is removed. Raises ValueError if there is no folder for it.
+    """
+    if not out.parent.is_dir() or out.is_dir():
+        found = "a folder" if out.is_dir() else f"no folder {out.parent}"
+        raise ValueError(f"{out}: expected a file to write in a folder that is there, found {found}")
+    partial = out.with_name(f".{out.stem}.part{out.suffix}")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def require_empty(out: Path) -> None:
     """Raises ValueError if `out` is there and is not an empty folder."""
     if not out.exists():

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline import commands, settings
-from trainer import checkpoint_commands
+from trainer import checkpoint_commands, network_commands
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -78,19 +78,57 @@ def train(
 def evaluate(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="a checkpoint's folder, or a run directory (its newest)"),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="a checkpoint's folder, a run directory (its newest), or a file of `checkpoint extract`",
+        ),
     ],
     pairs: Annotated[
-        list[Path], typer.Option("--pairs", help="verification file (.bin); may be given several times")
-    ],
+        list[Path] | None,
+        typer.Option("--pairs", help="verification file (.bin); may be given several times"),
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="file of protocols (TOML), such as configs/eval/standard.toml")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="change one key of the suite, such as folder=/data"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="where results.json, report.html and plots go [default: eval_SUITE]"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images embedded at once, per rank")] = 64,
 ) -> None:
-    """Verify pairs of faces with a trained network: flip test, ten folds. Prints JSON."""
-    from trainer import job
+    """Evaluate a trained network: by a suite of protocols, or on pairs of faces (flip test, ten folds).
 
-    results = job.evaluate(checkpoint, pairs, batch_size)
-    if results is not None:
-        typer.echo(json.dumps({name: result.summary() for name, result in results.items()}, indent=2))
+    A suite leaves a folder of results and prints tables; pairs alone print JSON, and leave a
+    folder only with --out. Works alone, under torchrun and under Slurm's srun.
+    """
+    from trainer import job
+    from trainer.evaluation.suite import SuiteConfig, suite_of_pairs
+    from trainer.evaluation.tables import show
+
+    if (suite is None) == (not pairs):
+        raise ValueError(f"expected --suite or --pairs, found {'neither' if suite is None else 'both'}")
+    config = (
+        suite_of_pairs(pairs or []) if suite is None else settings.load(SuiteConfig, suite, overrides or [])
+    )
+    name = "pairs" if suite is None else suite.stem
+    folder = out or (suite and Path(f"eval_{name}"))
+    results = job.evaluate(checkpoint, config, name=name, batch_size=batch_size, out=folder)
+    if results is not None and suite is None:
+        figures = {name: scores.figures for name, tasks in results.items() for scores in tasks.values()}
+        typer.echo(json.dumps(figures, indent=2))
+    elif results is not None:
+        show(results)
+        typer.echo(f"Plots and figures are in {folder}")
+
+
+for _command in (network_commands.export, network_commands.embed, network_commands.compare):
+    app.command()(_command)
 
 
 def main() -> None:

@@ -176,11 +176,7 @@ def chart(
 
     `value` is a figure worth reading off, shown beside the title. All text is escaped.
     """
-    key = "".join(
-        f'<li class="{_colour(part.colour)}">{escape(part.name)}</li>'
-        for part in drawn
-        if isinstance(part, Line) and part.name
-    )
+    key = "".join(f'<li class="{_colour(part.colour)}">{escape(part.name)}</li>' for part in _named(drawn))
     labels = [_label("y", "top", 1 - float(y.at([tick])[0]), y.text(tick)) for tick in y.ticks]
     labels += [_label("x", "left", float(x.at([tick])[0]), x.text(tick)) for tick in x.ticks]
     labels += [
@@ -195,6 +191,46 @@ def chart(
         f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(title)}">{inside}</svg>{"".join(labels)}</div>'
         f'<p class="x-title">{escape(x_title)}</p></figure>'
+    )
+
+
+def standalone(title: str, drawn: Sequence[Drawn], x: Axis, y: Axis, *, x_title: str = "") -> str:
+    """The same as a drawing of its own, the text of an SVG file: the key stands below the axes."""
+    left, top, width, height, line = 60, 44, 560, 300, 18
+    below = top + height + line
+    texts = [_text(left, 24, title, "start", "title"), _text(left + width / 2, below + line, x_title)]
+    texts += [_text(left + width * float(x.at([tick])[0]), below, x.text(tick)) for tick in x.ticks]
+    texts += [
+        _text(left - 8, top + height * (1 - float(y.at([tick])[0])) + 4, y.text(tick), "end")
+        for tick in y.ticks
+    ]
+    texts += [
+        _text(left + width * float(x.at([part.x])[0]), top - 6, part.label)
+        for part in drawn
+        if isinstance(part, Mark)
+    ]
+    for row, part in enumerate(_named(drawn), 2):
+        middle = below + row * line - 4
+        texts.append(f'<path class="line {_colour(part.colour)}" d="M{left} {middle}h14"/>')
+        texts.append(_text(left + 22, middle + 4, part.name, "start"))
+    bottom = below + line * (len(_named(drawn)) + 2)
+    inside = _grid(y) + "".join(part.svg(x, y) for part in drawn)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {bottom}">'
+        f"<style>{_FILE_CSS}</style>"
+        f'<rect class="paper" width="100%" height="100%"/>'
+        f'<svg x="{left}" y="{top}" width="{width}" height="{height}" viewBox="0 0 {_SIZE} {_SIZE}" '
+        f'preserveAspectRatio="none" overflow="visible">{inside}</svg>{"".join(texts)}</svg>\n'
+    )
+
+
+def _named(drawn: Sequence[Drawn]) -> list[Line]:
+    return [part for part in drawn if isinstance(part, Line) and part.name]
+
+
+def _text(left: float, top: float, text: str, anchor: str = "middle", css_class: str = "label") -> str:
+    return (
+        f'<text class="{css_class}" x="{left:.1f}" y="{top:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
@@ -244,4 +280,14 @@ CSS = """
 .c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) }
 .c3 { --c: var(--c3) } .c4 { --c: var(--c4) } .c5 { --c: var(--c5) }
 .plot .muted, .key .muted { --c: var(--muted) }
+"""
+# The page's light colours, in words that programs for drawing know too.
+_FILE_CSS = """
+path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-linecap: round }
+text { font: 12px sans-serif; fill: #647084 } .title { font: 600 14px sans-serif; fill: #16202e }
+.paper { fill: #fff } .grid { stroke: #e4e8ee } .line { stroke: currentColor; stroke-width: 2 }
+.dashed { stroke: currentColor; stroke-width: 1.5; stroke-dasharray: 1 5 }
+.band { fill: currentColor; opacity: .2 } .dot { stroke: currentColor; stroke-width: 7 }
+.c0 { color: #2a6fdb } .c1 { color: #e07b1a } .c2 { color: #1f9d6b } .c3 { color: #8b5cd6 }
+.c4 { color: #d3487f } .c5 { color: #1d9aa8 } .muted { color: #647084 }
 """

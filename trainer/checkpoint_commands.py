@@ -86,7 +86,7 @@ def extract(
     """
     from trainer import extraction
 
-    extraction.extract(checkpoint, out)
+    extraction.write_pt(extraction.network_alone(checkpoint), out)
 
 
 def _all_of(run: Path) -> list[Path]:

@@ -84,11 +84,14 @@ class CheckpointConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """Verification sets, looked at before the first step, during training and after the last."""
+    """What the network is tested on before the first step, during training and after the last."""
 
     sets: list[Path] = Field(
         [],
         description="verification files (.bin); a relative one is looked for in the folders of data.path",
+    )
+    suite: Path | None = Field(
+        None, description="file of more protocols (TOML), such as configs/eval/standard.toml"
     )
     every_steps: int = Field(2000, ge=1, description="steps between evaluations")
     batch_size: int = Field(64, ge=1, description="images embedded at once, per rank")

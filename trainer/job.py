@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from trainer import backbones, checkpoint, checkpoint_files
-from trainer.config import RunConfig, files_by_name, load
+from data_pipeline.terminal import progress_bar
+from trainer import checkpoint, extraction
+from trainer.config import load
 from trainer.distributed import Ranks, join
 from trainer.engine import uses_bf16
-from trainer.evaluation.pair_protocol import VerificationResult
-from trainer.evaluation.verification import Embed, PairSets
+from trainer.evaluation import results as files
+from trainer.evaluation.embedding import Embedder, Network
+from trainer.evaluation.protocol import Results
+from trainer.evaluation.suite import Suite, SuiteConfig
 from trainer.loop import run
+from trainer.results import device_name
 from trainer.signals import Stopped, StopRequest
 
 
@@ -29,29 +34,43 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
         raise Stopped(stopped_by, is_first=ranks.is_first)
 
 
-def evaluate(path: Path, pairs: Sequence[Path], batch_size: int) -> dict[str, VerificationResult] | None:
-    """Results of a checkpoint's (or a run's newest) backbone on verification files; None but on rank 0."""
-    with join() as ranks:
-        found = checkpoint.locate(path, group=ranks.group)
-        config = RunConfig.model_validate(checkpoint_files.read_manifest(found).header.config)
-        model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
-        checkpoint.load(found, checkpoint.backbone_state(model), group=ranks.group)
-        sets = PairSets(
-            files_by_name(pairs),
-            image_size=config.data.image_size,
-            batch_size=batch_size,
-            ranks=ranks,
-        )
-        results = sets.evaluate(_embedder(model, config, ranks))
+def evaluate(
+    path: Path, config: SuiteConfig, *, name: str, batch_size: int, out: Path | None
+) -> Results | None:
+    """Results of a network on a suite called `name`, also written to the folder `out`; None but on rank 0.
+
+    `path` is a checkpoint, a run (its newest), or a file of `lgaf checkpoint extract`.
+    """
+    with join() as ranks, _progress(ranks) as progress:
+        if ranks.is_first and out is not None:
+            out.mkdir(parents=True, exist_ok=True)  # not to find out after hours that it cannot be made
+        suite = Suite(config)
+        found = extraction.network_of(path, ranks)
+        network = _with_autocast(found, ranks)
+        results = suite.evaluate(Embedder(network, found.image_size, batch_size, ranks, progress=progress))
+        if ranks.is_first and out is not None:
+            about = {
+                "suite": name,
+                "checkpoint": str(path),
+                "step": found.step,
+                "world_size": ranks.world_size,
+                "device": device_name(ranks.device),
+                "versions": checkpoint.versions(),
+            }
+            files.write(out, results, about)
     return results if ranks.is_first else None
 
 
-def _embedder(model: backbones.Backbone, config: RunConfig, ranks: Ranks) -> Embed:
-    is_bf16 = uses_bf16(config.engine, ranks.device)
+def _progress(ranks: Ranks) -> AbstractContextManager[Callable[[int, int], None]]:
+    return progress_bar("embedding") if ranks.is_first else nullcontext(lambda done, total: None)
+
+
+def _with_autocast(found: extraction.Network, ranks: Ranks) -> Network:
+    is_bf16 = uses_bf16(found.engine, ranks.device)
 
     @torch.inference_mode()
-    def embed(images_BCHW: torch.Tensor) -> torch.Tensor:
+    def network(images_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=is_bf16):
-            return model(images_BCHW).emb_BD.float()
+            return found.model(images_BCHW).emb_BD.float()
 
-    return embed
+    return network

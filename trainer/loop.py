@@ -31,8 +31,9 @@ from trainer import backbones, checkpoint, checkpoint_files
 from trainer.config import RunConfig, differences, micro_batch
 from trainer.distributed import Ranks
 from trainer.engine import Engine
-from trainer.evaluation.pair_protocol import VerificationResult
-from trainer.evaluation.verification import PairSets
+from trainer.evaluation.during_training import Evaluation
+from trainer.evaluation.embedding import Embedder, Interrupted
+from trainer.evaluation.tables import shown, title
 from trainer.metrics import Metrics, serve
 from trainer.pace import Pace
 from trainer.progress import Display, Reading
@@ -44,6 +45,7 @@ from trainer.signals import EXIT_CODE, StopRequest, name_of
 from trainer.step import Outcome, seed_dropout, train_step
 
 QUARANTINE_FILE = "quarantine.jsonl"
+_FIGURES_SHOWN = 3
 
 
 def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
@@ -57,12 +59,7 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     micro = micro_batch(config, ranks.world_size)
     share = Share(ranks.rank, ranks.world_size, config.global_batch, micro)
     source = open_source(config.data)
-    pairs = PairSets(
-        config.verification_files(),
-        image_size=config.data.image_size,
-        batch_size=config.evaluation.batch_size,
-        ranks=ranks,
-    )
+    evaluation = Evaluation(config.verification_files(), config.evaluation.suite)
     if ranks.is_first:
         _make_run_dir(config.run_dir)
     first_step, cursor, engine, head = _open_model(config, source, ranks, micro)
@@ -70,12 +67,12 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     steps = config.total_steps(source.images)
     with Display(steps, first_step, enabled=ranks.is_first) as display:
         training = _Training(
-            config, ranks, stop, share, source, pairs, engine, head, records, display, steps, cursor
+            config, ranks, stop, share, source, evaluation, engine, head, records, display, steps, cursor
         )
         stopped_by = training.execute(first_step)
     if not stopped_by and ranks.is_first:
         ranks.pulse.note(steps, "writing the report", is_slow=True)
-        conclude(config, source, pairs.sets, training.results, ranks)
+        conclude(config, source, evaluation, ranks)
     return stopped_by
 
 
@@ -160,7 +157,7 @@ class _Training:
         stop: StopRequest,
         share: Share,
         source: Source,
-        pairs: PairSets,
+        evaluation: Evaluation,
         engine: Engine,
         head: PartialFC,
         records: Records | None,
@@ -168,9 +165,9 @@ class _Training:
         steps: int,
         cursor: list[list[int]] | None,
     ) -> None:
-        self.config, self.ranks, self.share, self.source, self.pairs = config, ranks, share, source, pairs
+        self.config, self.ranks, self.share, self.source = config, ranks, share, source
         self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
-        self.stop, self.metrics = stop, Metrics()
+        self.evaluation, self.stop, self.metrics = evaluation, stop, Metrics()
         self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
         self.bad_records = self.quarantine.listed()
         self.saver = Saver(
@@ -179,7 +176,6 @@ class _Training:
         self.skips_in_a_row = 0
         self.rollbacks, self.failed_at = 0, 0
         self.skipped: set[int] = set()  # since the last look
-        self.results: dict[str, VerificationResult] = {}
         self.cursor = cursor  # where all ranks stood in a stream at the last checkpoint
 
     def execute(self, first_step: int) -> int:
@@ -198,10 +194,13 @@ class _Training:
         self.stop.keep_deadline(
             self.config.checkpoint.deadline_s, is_first=self.ranks.is_first, tidy=self._give_up_saving
         )
-        if first_step in (0, self.steps) or self._lacks_evaluation(first_step):
-            self._evaluate(first_step)
-        self.saver.prepare(self._state())
         done, stopped_by = first_step, 0
+        if first_step in (0, self.steps) or self._lacks_evaluation(first_step):
+            stopped_by = self._evaluate(first_step)
+            if stopped_by:
+                self._say_leaving(stopped_by, f"nothing has changed since step {first_step}")
+        if not stopped_by:
+            self.saver.prepare(self._state())
         while done < self.steps and not stopped_by:
             done, stopped_by = self._steps_from(done)
         self.saver.close()
@@ -236,13 +235,16 @@ class _Training:
             if is_save_due and self.skips_in_a_row == 0:
                 self._save(done)
             if self._is_due(done, self.config.evaluation.every_steps):
-                self._evaluate(done)
+                signal = self._evaluate(done)
+                if signal:
+                    self._save_and_leave(done, signal)
+                    return done, signal
             pace.leave_out_since_step()
         return self.steps, 0
 
     def _lacks_evaluation(self, step: int) -> bool:
         """Whether an earlier life of the run ended between the checkpoint of a step and its evaluation."""
-        if step % self.config.evaluation.every_steps or not self.config.evaluation.sets:
+        if step % self.config.evaluation.every_steps or not self.evaluation.names:
             return False
         records = read(self.config.run_dir) if self.ranks.is_first else []
         is_there = [any((r["kind"], r["step"]) == ("evaluation", step) for r in records)]
@@ -256,7 +258,8 @@ class _Training:
             self._say_leaving(signal, f"step {step} is not saved, as it was skipped")
             return
         try:
-            self._save(step, and_wait=True)
+            if not self.saver.has_saved(step):
+                self._save(step, and_wait=True)
         except Exception as error:
             self.stop.give_up(str(error))
         self._say_leaving(signal, f"saved at step {step}")
@@ -415,15 +418,34 @@ class _Training:
             return None
         return self._gathered(torch.tensor(self.loader.cursor)).reshape(-1, 2).tolist()
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> int:
+        """Returns 0, or the number of the signal that cut it short; then nothing is recorded."""
+        if not self.evaluation.names:
+            return 0
         self.engine.synchronize_statistics()
-        self.results = self.pairs.evaluate(lambda images_BCHW: self._embed(step, images_BCHW))
-        for name, result in self.results.items():
-            if self.records is not None:
-                self.records.write("evaluation", step, set=name, time_s=time.time(), **result.summary())
-            self.display.say(
-                f"step {step}: {name} accuracy {result.accuracy:.2%} +- {result.accuracy_std:.2%}"
-            )
+        embedder = Embedder(
+            lambda images_BCHW: self._embed(step, images_BCHW),
+            self.config.data.image_size,
+            self.config.evaluation.batch_size,
+            self.ranks,
+            signal=lambda: self.stop.signal,
+        )
+        try:
+            self.evaluation.run(embedder)
+        except Interrupted as interrupted:
+            return interrupted.number
+        for name, tasks in self.evaluation.results.items():
+            for task, scores in tasks.items():
+                self._show_scores(step, name, task, scores.figures)
+        return 0
+
+    def _show_scores(self, step: int, name: str, task: str, figures: dict[str, float]) -> None:
+        """On rank 0, which alone has any."""
+        assert self.records is not None
+        self.records.write("evaluation", step, set=name, task=task, time_s=time.time(), **figures)
+        self.metrics.evaluated(name, task, figures)
+        first = [f"{title(key)} {shown(key, value)}" for key, value in figures.items()][:_FIGURES_SHOWN]
+        self.display.say(f"step {step}: {name}, {task}: {', '.join(first)}")
 
     def _embed(self, step: int, images_BCHW: torch.Tensor) -> torch.Tensor:
         self.ranks.pulse.note(step, "evaluating", is_slow=True)

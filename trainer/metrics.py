@@ -51,6 +51,12 @@ class Metrics:
         self.failed_checkpoints = Counter(
             "lgaf_failed_checkpoints", "Checkpoints that could not be written", registry=registry
         )
+        self._evaluation = Gauge(
+            "lgaf_evaluation",
+            "Figures of the last evaluation; rates from 0 to 1",
+            ["protocol", "task", "figure"],
+            registry=registry,
+        )
 
     def step_done(self, steps: int, samples: int, learning_rate: float, step_s: float) -> None:
         """Count a step of `samples` images, after which the run has done `steps`."""
@@ -63,6 +69,11 @@ class Metrics:
     def step_skipped(self) -> None:
         """Count a step, already counted as done, that moved nothing."""
         self._skipped.inc()
+
+    def evaluated(self, protocol: str, task: str, figures: dict[str, float]) -> None:
+        """Take over what an evaluation has found."""
+        for figure, value in figures.items():
+            self._evaluation.labels(protocol, task, figure).set(value)
 
     def looked(self, loss: float, samples_per_s: float, data_wait_s: float, bad_records: int) -> None:
         """Take over what was seen when the losses were last fetched."""

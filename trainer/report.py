@@ -1,6 +1,6 @@
 """A run on one page: `report.html`, which loads nothing, runs nothing, and can be sent to anyone.
 
-    write_report(run_dir, roc={"held_out": result}, faces=..., pairs=..., splits=..., config_text=...)
+    write_report(run_dir, results=results, faces=..., pairs=..., splits=..., config_text=...)
 
 `metrics.jsonl` gives the curves, `result.json` the headline, the arguments the rest; a section whose data is
 missing is left out. After a crash a run continues from its last checkpoint and logs some steps once more: of
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.charts import Axis, Band, Dots, Drawn, Line, Mark, chart, percent
-from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.charts import Axis, Band, Dots, Drawn, Line, chart, percent
+from trainer.evaluation.plots import report_section
+from trainer.evaluation.protocol import Results
 from trainer.report_page import (
     NARROW_SPACE,
     figure,
@@ -38,7 +39,6 @@ from trainer.report_page import (
 )
 
 _CURVE_POINTS = 160
-_HISTOGRAM_BINS = 50
 _IMAGES_SIDE_BY_SIDE = 6
 # The keys of result.json that are shown as numbers.
 _NUMBERS = (
@@ -71,7 +71,7 @@ Splits = Mapping[str, Sequence[tuple[str, float, int]]]
 def write_report(
     run_dir: Path,
     *,
-    roc: Mapping[str, VerificationResult] | None = None,
+    results: Results | None = None,
     faces: Sequence[tuple[bytes, str]] = (),
     pairs: Sequence[JudgedPair | tuple[bytes, bytes, bool, float, float]] = (),
     splits: Splits | None = None,
@@ -79,7 +79,7 @@ def write_report(
 ) -> Path:
     """Write `run_dir`/report.html and return its path; it appears only when complete.
 
-    `roc` holds the last result of each verification set by its name; `faces` encoded images with their
+    `results` are those of the last evaluation; `faces` encoded images with their
     labels, of which neighbours with one label are shown together; `pairs` examples of judged pairs; `splits`
     for each nuisance its groups of pairs as (name, accuracy, number of pairs).
 
@@ -96,7 +96,7 @@ def write_report(
     body = [
         _head(result, metrics),
         _training(metrics),
-        _verification(roc or {}),
+        report_section("Verification", results or {}),
         _judged([JudgedPair(*pair) for pair in pairs]),
         _split_accuracies(splits or {}, result.get("verification_accuracy")),
         _faces(faces),
@@ -305,67 +305,6 @@ def _accuracy_chart(metrics: _Metrics) -> str:
     x, y = Axis.tight(all_step_N), Axis.round(all_accuracy_N, percent)
     last = percentage(all_accuracy_N[-1]) if len(curves) == 1 else ""
     return chart("Verification accuracy", drawn, x, y, x_title="step", value=last)
-
-
-def _verification(results: Mapping[str, VerificationResult]) -> str:
-    if not results:
-        return ""
-    plots = [_roc_chart(results), *(_similarity_chart(name, result) for name, result in results.items())]
-    return section("Verification", grid(plots, "halves") + _figures_table(results))
-
-
-def _roc_chart(results: Mapping[str, VerificationResult]) -> str:
-    """Drawn in steps: TAR stays what it is until FAR has reached the next point.
-
-    The axis begins below the least FAR there is, so that TAR without a false accept is seen.
-    """
-    x = Axis.decades(0.5 / max(len(result.impostor) for result in results.values()))
-    chance_N = np.geomspace(x.low, 1, 60)
-    drawn: list[Drawn] = [Line(chance_N, chance_N, "chance", colour=None, dashed=True)]
-    for colour, (name, result) in enumerate(results.items()):
-        far_N, tar_N = np.repeat(result.far_R, 2)[1:], np.repeat(result.tar_R, 2)[:-1]
-        drawn.append(Line(far_N, tar_N, name, colour))
-        text_N = [f"{name}: TAR {percentage(tar)} at FAR {far:g}" for far, tar in result.tar_at_far.items()]
-        drawn.append(Dots(list(result.tar_at_far), list(result.tar_at_far.values()), text_N, colour))
-    y = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1], percent)
-    return chart("ROC: true accept rate", drawn, x, y, x_title="false accept rate")
-
-
-def _similarity_chart(name: str, result: VerificationResult) -> str:
-    low, high = float(result.similarity_P.min()), float(result.similarity_P.max())
-    edge_N = np.linspace(low, high if high > low else low + 0.01, _HISTOGRAM_BINS + 1)
-    outline_N = np.repeat(edge_N, 2)[1:-1]
-    drawn: list[Drawn] = []
-    reached: list[np.ndarray] = [np.zeros(1)]
-    for kind, similarity_N, colour in (("two people", result.impostor, 1), ("one person", result.genuine, 0)):
-        share_N = np.repeat(np.histogram(similarity_N, edge_N)[0] / len(similarity_N), 2)
-        reached.append(share_N)
-        drawn.append(Band(outline_N, np.zeros(len(outline_N)), share_N, colour=colour))
-        drawn.append(Line(outline_N, share_N, f"{kind}: {len(similarity_N):,} pairs", colour))
-    drawn.append(Mark(result.threshold, f"threshold {result.threshold:.3f}"))
-    x = Axis.round([low, high, result.threshold], ticks=6)
-    y = Axis.round(np.concatenate(reached), percent)
-    return chart(f"Similarity of pairs: {name}", drawn, x, y, x_title="cosine similarity")
-
-
-def _figures_table(results: Mapping[str, VerificationResult]) -> str:
-    fars = sorted({far for result in results.values() for far in result.tar_at_far}, reverse=True)
-    columns = ["set", "pairs", "accuracy", "threshold", "AUC", "EER", *(f"TAR@FAR {far:g}" for far in fars)]
-    rows = [[name, *_figures(result, fars)] for name, result in results.items()]
-    return f'<div class="card table">{table(rows, columns)}</div>'
-
-
-def _figures(result: VerificationResult, fars: Sequence[float]) -> list[str]:
-    spread = figure(result.accuracy_std, f"{100 * result.accuracy_std:.1f}")
-    tars = [result.tar_at_far.get(far) for far in fars]
-    return [
-        figure(len(result.issame_P), f"{len(result.issame_P):,}"),
-        f"{percent_figure(result.accuracy)} &plusmn; {spread}",
-        figure(result.threshold, f"{result.threshold:.3f}"),
-        figure(result.auc, f"{result.auc:.4f}"),
-        percent_figure(result.eer),
-        *("&ndash;" if tar is None else percent_figure(tar) for tar in tars),
-    ]
 
 
 def _judged(pairs: Sequence[JudgedPair]) -> str:

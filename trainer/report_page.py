@@ -68,14 +68,14 @@ def picture(image: bytes, label: str = "") -> str:
     return f'<img alt="{escape(label)}" src="data:image/{kind};base64,{text}">'
 
 
-def page(name: str, subtitle: str, body: str) -> str:
-    """The whole document."""
+def page(name: str, subtitle: str, body: str, *, kind: str = "training") -> str:
+    """The whole document: the report of a `kind` of work, called `name`."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(name)} &middot; lgaf</title>
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{_CSS}{charts.CSS}</style></head>
-<body><header><p>lgaf training report</p><h1>{escape(name)}</h1><p>{escape(subtitle)}</p></header>
+<body><header><p>lgaf {escape(kind)} report</p><h1>{escape(name)}</h1><p>{escape(subtitle)}</p></header>
 <main>
 {body}
 </main></body></html>
@@ -103,6 +103,7 @@ h1 { margin: 2px 0; font-size: 32px; line-height: 1.2; letter-spacing: -.02em; o
 h2 { margin: 0 0 14px; font-size: 20px; letter-spacing: -.01em }
 h3 { margin: 0; font-size: 14px; font-weight: 600 }
 section { margin-top: 40px }
+.note { margin: 12px 0 0; color: var(--muted); font-size: 13px }
 .remark { margin: -8px 0 14px; color: var(--muted); font-size: 14px }
 .card, .hero, .pair, details { background: var(--card); border: 1px solid var(--line);
   border-radius: 14px; box-shadow: var(--shadow) }

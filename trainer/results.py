@@ -11,11 +11,12 @@ import torch
 
 from data_pipeline.source import Source
 from data_pipeline.synthetic_set import read_nuisances
-from data_pipeline.verification import PairSet
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import Ranks
+from trainer.evaluation.during_training import Evaluation
 from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.evaluation.results import as_json
 from trainer.evaluation.splits import Split, by_nuisance
 from trainer.records import read, write_result
 from trainer.report import write_report
@@ -27,39 +28,41 @@ _EXAMPLE_PAIRS = 12
 def conclude(
     config: RunConfig,
     source: Source,
-    pairs: dict[str, PairSet],
-    results: dict[str, VerificationResult],
+    evaluation: Evaluation,
     ranks: Ranks,
 ) -> None:
-    """Write both from the records of the run and the results of its last evaluation."""
-    write_result(config.run_dir, _result(config, source, results, ranks))
+    """Write both from the records of the run and its last evaluation."""
+    write_result(config.run_dir, _result(config, source, evaluation, ranks))
     write_report(
         config.run_dir,
-        roc=results,
+        results=evaluation.results,
         faces=source.faces(_FACES),
         config_text=json.dumps(config.model_dump(mode="json"), indent=2),
-        pairs=_examples(pairs, results),
-        splits=_splits(config, results),
+        pairs=_examples(evaluation),
+        splits=_splits(config, evaluation.judged),
     )
 
 
-def _result(
-    config: RunConfig, source: Source, results: dict[str, VerificationResult], ranks: Ranks
-) -> dict[str, Any]:
-    records = read(config.run_dir)
+def _result(config: RunConfig, source: Source, evaluation: Evaluation, ranks: Ranks) -> dict[str, Any]:
+    judged, records = evaluation.judged, read(config.run_dir)
     trained = [record for record in records if record["kind"] == "train"]
-    untrained = [record for record in records if record["kind"] == "evaluation" and record["step"] == 0]
+    untrained = [
+        record
+        for record in records
+        if (record["kind"], record["step"]) == ("evaluation", 0) and record["set"] in judged
+    ]
     # The first look covers what happens once: caches, compilation, allocation.
     steady = trained[config.log_every_steps :] or trained
     return {
-        "verification_accuracy": _mean([result.accuracy for result in results.values()]),
+        "verification_accuracy": _mean([result.accuracy for result in judged.values()]),
         "verification_accuracy_untrained": _mean([record["accuracy"] for record in untrained]),
-        "verification": {name: result.summary() for name, result in results.items()},
+        "verification": {name: result.summary() for name, result in judged.items()},
+        "suite": as_json({n: tasks for n, tasks in evaluation.results.items() if n not in judged}),
         "samples_per_s": len(steady) and config.global_batch * len(steady) / sum(r["step_s"] for r in steady),
         "final_loss": trained[-1]["loss"] if trained else None,
         "steps": config.total_steps(source.images),
         "world_size": ranks.world_size,
-        "device": _device_name(ranks.device),
+        "device": device_name(ranks.device),
         "versions": {"python": platform.python_version(), **checkpoint.versions()},
     }
 
@@ -68,20 +71,19 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or what the CPU is."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()})"
 
 
-def _examples(
-    pairs: dict[str, PairSet], results: dict[str, VerificationResult]
-) -> list[tuple[bytes, bytes, bool, float, float]]:
+def _examples(evaluation: Evaluation) -> list[tuple[bytes, bytes, bool, float, float]]:
     """Pairs of the first set, half judged wrongly (if there are as many), half rightly."""
-    name = next(iter(results), None)
+    name = next(iter(evaluation.judged), None)
     if name is None:
         return []
-    images, result = pairs[name].images, results[name]
+    images, result = evaluation.sets[name].pairs.images, evaluation.judged[name]
     wrong, right = np.flatnonzero(~result.correct), np.flatnonzero(result.correct)
     chosen = [*_spread(wrong, _EXAMPLE_PAIRS // 2), *_spread(right, _EXAMPLE_PAIRS // 2)]
     return [
@@ -96,12 +98,12 @@ def _examples(
     ]
 
 
-def _splits(config: RunConfig, results: dict[str, VerificationResult]) -> dict[str, Split]:
+def _splits(config: RunConfig, judged: dict[str, VerificationResult]) -> dict[str, Split]:
     """Of the first set that has a table of its pictures; none if no set has one."""
     for name, path in config.verification_files().items():
         table = path.with_name(f"{path.stem}_nuisances.tsv")
         if table.is_file():
-            return by_nuisance(results[name], read_nuisances(table))
+            return by_nuisance(judged[name], read_nuisances(table))
     return {}
 
 

@@ -59,6 +59,7 @@ class Saver:
         self._copies: dict[tuple[str, str], torch.Tensor] = {}
         self._writing: _Writing | None = None
         self._has_failed = False  # the last one that was tried
+        self._last_step: int | None = None  # of that one
 
     def prepare(self, state: State) -> None:
         """Allocate the memory for copies of `state`: new pages cost more than the copy."""
@@ -75,6 +76,7 @@ class Saver:
             return
         self._finish()
         copied = self._copy(state())
+        self._last_step = header.step
         self._writing = _Writing(lambda: self._write(copied, header))
         if is_last:
             self._finish(is_last=True)
@@ -89,6 +91,11 @@ class Saver:
     def wait(self) -> None:
         """Wait for the save that runs, if any, and take over its result."""
         self._finish()
+
+    def has_saved(self, step: int) -> bool:
+        """Whether the last save was of `step` and is on the disk; waits for it if it runs."""
+        self._finish()
+        return self._last_step == step and not self._has_failed
 
     def close(self) -> None:
         """Wait for the save that runs, if any, and let go of the process group: nothing is saved after it."""

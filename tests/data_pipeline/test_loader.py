@@ -16,8 +16,7 @@ from PIL import Image
 from data_pipeline import augment, order
 from data_pipeline.catalog import open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
-from data_pipeline.decode import Decoder, decode_all
-from data_pipeline.images import DecodeError
+from data_pipeline.decode import Decoder
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine
 
@@ -179,23 +178,6 @@ def test_an_error_of_the_source_ends_the_iteration_as_it_is(jpeg, error, prefetc
     with pytest.raises(type(error)) as raised:
         list(decoder)
     assert raised.value is error
-
-
-def test_decode_all_keeps_the_order_and_takes_any_rest(jpeg):
-    batches = list(
-        decode_all([jpeg(i) for i in range(7)], "x", batch_size=3, image_size=48, threads=2, device_id=None)
-    )
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    for i, image in enumerate(torch.cat(batches)):
-        assert (image - pixels_of(jpeg(i))).abs().max() <= TOLERANCE
-
-
-def test_decode_all_names_the_image(jpeg):
-    images = [jpeg(0), jpeg(1), jpeg(2), b"\xff\xd8 broken"]
-    with pytest.raises(DecodeError, match=r"lfw.bin: image 3 cannot be decoded"):
-        list(decode_all(images, "lfw.bin", batch_size=2, image_size=48, threads=1, device_id=None))
-    with pytest.raises(DecodeError, match=r"lfw.bin: image 43 cannot be decoded"):
-        list(decode_all(images, "lfw.bin", first=40, batch_size=2, image_size=48, threads=1, device_id=None))
 
 
 PROGRAM = """

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from trainer.evaluation.pair_protocol import judge
+from trainer.evaluation.verification import scores_of
 from trainer.report import JudgedPair, write_report
 
 VOID = {"meta", "img"}
@@ -111,7 +112,7 @@ def verification():
 def everything(verification, text=str):
     """All that a report can be given; `text` may change every text in it."""
     return {
-        "roc": {text("held_out"): verification},
+        "results": {text("held_out"): {text("verification"): scores_of(verification)}},
         "faces": [(jpeg(10), text("ann")), (jpeg(20), text("ann")), (jpeg(30), text("bob"))],
         "pairs": [
             (jpeg(40), jpeg(50), True, 0.7, 0.3),
@@ -140,7 +141,8 @@ def test_all_sections_are_there(complete):
     ]  # fmt: skip
     assert complete.in_("h3") == [
         "Loss", "Verification accuracy", "Learning rate", "Samples per second", "Step time, ms",
-        "ROC: true accept rate", "Similarity of pairs: held_out", "Judged right", "Judged wrong", "occlusion",
+        "ROC, verification: true accept rate", "Similarity of pairs: held_out, verification",
+        "Judged right", "Judged wrong", "occlusion",
     ]  # fmt: skip
     assert complete.in_("pre") == ["seed = 7\n[data]\n"]
     assert complete.in_("summary") == ["Configuration", "Result"]
@@ -151,7 +153,7 @@ def test_the_numbers_are_those_given(complete, verification):
     headline = [RESULT[key] for key in RESULT if key not in ("device", "versions")]
     summary = [value for key, value in verification.summary().items()]
     last = [39 * 64, 10 / 39, 0.05]  # samples, loss, part of the time that went into waiting
-    pairs_and_splits = [0.7, 0.1, 0.3, -0.2, 0.96, 400, 0.9125, 80, 600]
+    pairs_and_splits = [0.7, 0.1, 0.3, -0.2, 0.96, 400, 0.9125, 80]
     assert all(
         any(math.isclose(value, figure, abs_tol=1e-12) for figure in figures)
         for value in [*headline, *summary, *last, *pairs_and_splits]
@@ -250,8 +252,8 @@ def test_curves_lie_where_the_records_say(tmp_path):
 def test_the_roc_climbs_in_steps(tmp_path):
     """Descending: genuine, then one of each at once, impostor. FAR 0 stands at the left end."""
     result = judge(np.array([0.9, 0.5, 0.5, 0.3]), np.array([True, False] * 2), folds=2)
-    page = Page(write_report(write_run(tmp_path, RECORDS), roc={"x": result}))
-    assert page.path("ROC: true accept rate", "line c0") == [
+    page = Page(write_report(write_run(tmp_path, RECORDS), results={"x": {"task": scores_of(result)}}))
+    assert page.path("ROC, task: true accept rate", "line c0") == [
         [(0, 1000), (0, 500), (500, 500), (500, 0), (1000, 0)]
     ]
 
@@ -320,7 +322,7 @@ def test_a_label_that_is_not_unicode_is_shown_nevertheless(tmp_path):
         ((), {"verification_accuracy": 0.9}, [], ["verification accuracy", "Details"]),
         ((), {"verification_accuracy": None, "steps": 5}, [], ["Details"]),
         ((), {}, [], []),
-        ((), {}, ["roc"], ["Verification"]),
+        ((), {}, ["results"], ["Verification"]),
         ((), {}, ["faces"], ["Faces of the dataset"]),
         ((), {}, ["pairs"], ["Pairs"]),
         ((), {}, ["splits"], ["By nuisance"]),
@@ -347,14 +349,15 @@ def test_a_long_run_makes_a_small_page_on_which_every_spike_is_seen(tmp_path, ve
 
 def test_several_sets_share_the_roc_and_have_their_own_histograms(tmp_path, verification):
     few = judge(np.array([0.9, 0.2] * 5), np.array([True, False] * 5))
-    page = Page(write_report(write_run(tmp_path, RECORDS), roc={"a": verification, "b": few}))
-    assert len(page.path("ROC: true accept rate", "line c")) == 2
+    results = {name: {"task": scores_of(result)} for name, result in (("a", verification), ("b", few))}
+    page = Page(write_report(write_run(tmp_path, RECORDS), results=results))
+    assert len(page.path("ROC, task: true accept rate", "line c")) == 2
     assert [title for title in page.in_("h3") if "pairs" in title] == [
-        "Similarity of pairs: a",
-        "Similarity of pairs: b",
+        "Similarity of pairs: a, task",
+        "Similarity of pairs: b, task",
     ]
     rows = re.findall("<tr>(.*?)</tr>", page.html)
-    assert "&ndash;" in next(row for row in rows if row.startswith("<th>b</th>"))
+    assert next(row for row in rows if row.startswith("<th>TAR@FAR 0.01<")).endswith("<td>\N{EN DASH}</td>")
 
 
 def test_a_second_report_replaces_the_first(tmp_path):

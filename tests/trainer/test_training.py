@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from data_pipeline import recordio
 from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.synthetic_set import write_set
+from data_pipeline.verification import read_pairs
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
 from trainer import checkpoint_files, extraction
 
@@ -296,6 +297,18 @@ def test_the_network_can_be_taken_out(straight, tmp_path):
     model = extraction.load_backbone(out)
     for name, tensor in saved["backbone_weight"].items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_two_faces_are_judged_as_the_run_judged_its_pairs(straight, faces, tmp_path):
+    for name, image in zip("ab", read_pairs(faces / "held_out.bin").images, strict=False):
+        (tmp_path / name).write_bytes(image)
+    done = run("compare", tmp_path / "a", tmp_path / "b", "--checkpoint", straight)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = json.loads((straight / "result.json").read_text())["verification"]["held_out"]
+    assert found["threshold"] == expected["threshold"]
+    assert found["same_person"] == (found["similarity"] >= expected["threshold"])
+    assert found["threshold_from"] == f"evaluation on held_out at step {STEPS} of {straight}"
 
 
 def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):

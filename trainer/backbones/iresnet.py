@@ -58,7 +58,7 @@ class IResNet(Backbone):
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
         emb_BD = self.embed(self.maps(images_BCHW)[-1])
-        return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0))
+        return Features(emb_BD, emb_BD.new_empty(emb_BD.shape[0], 0))
 
     def maps(self, images_BCHW: Tensor) -> list[Tensor]:
         """The outputs of the four stages."""

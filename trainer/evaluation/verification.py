@@ -1,67 +1,75 @@
-"""Verification sets, embedded by all ranks together and judged by the pair protocol.
-
-Every rank decodes and embeds an equal, contiguous part of the images, as they are and mirrored (the flip
-test: both embeddings are added); the parts are gathered in order, so the result does not depend on the
-number of ranks.
-"""
+"""Verification files (`lfw.bin`, ...) as a protocol: their pictures, judged pair by pair in ten folds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
-from data_pipeline.decode import decode_all
-from data_pipeline.loader import default_threads
 from data_pipeline.verification import PairSet, read_pairs
-from trainer.distributed import Ranks
+from trainer.evaluation.pair_curves import histogram, rejection
 from trainer.evaluation.pair_protocol import VerificationResult, verify
+from trainer.evaluation.protocol import Face, Protocol, Scores, check_embeddings
 
-Embed = Callable[[torch.Tensor], torch.Tensor]
+TASK = "verification"
+_CONVENTION = (
+    "cosine of embeddings, flip test by addition; ten folds in the order of the file, each judged by the "
+    "threshold that is best on the other nine"
+)
+_FMR = 1e-3
 
 
-class PairSets:
-    """Verification sets by name, ready to be evaluated. Raises VerificationFileError for a bad file."""
+class _FacesInside(Sequence[Face]):
+    """The pictures of a verification file, named by their numbers."""
 
-    def __init__(self, files: dict[str, Path], *, image_size: int, batch_size: int, ranks: Ranks) -> None:
-        self.sets: dict[str, PairSet] = {name: read_pairs(path) for name, path in files.items()}
-        self._files, self._image_size, self._batch_size, self._ranks = files, image_size, batch_size, ranks
+    def __init__(self, path: Path, images: list[bytes]) -> None:
+        self._path, self._images = path, images
 
-    def evaluate(self, embed: Embed) -> dict[str, VerificationResult]:
-        """Result of every set, on every rank; all ranks call it together.
+    def __len__(self) -> int:
+        return len(self._images)
 
-        `embed` maps images_BCHW to emb_BD on the ranks' device. Raises DecodeError, naming the file and the
-        image, or ValueError if a set is too small for ten folds.
-        """
+    @overload
+    def __getitem__(self, index: int) -> Face: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Face]: ...
+    def __getitem__(self, index: int | slice) -> Face | Sequence[Face]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Face(self._path / f"image {index}", None, self._images[index])
+
+
+class PairVerification(Protocol):
+    """The pairs of one verification file. Raises VerificationFileError if it is not one."""
+
+    def __init__(self, path: Path) -> None:
+        self.pairs: PairSet = read_pairs(path)
+        self.faces = _FacesInside(path, self.pairs.images)
+
+    def judge(self, emb_ND: np.ndarray) -> VerificationResult:
+        """Every pair judged. Raises ValueError if there are too few for ten folds, or as `score` does."""
+        check_embeddings(emb_ND, self.faces)
+        return verify(emb_ND, self.pairs.issame_P)
+
+    def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
+        """One task, "verification"."""
+        result = self.judge(emb_ND)
+        norm_P2 = np.linalg.norm(emb_ND, axis=1).reshape(-1, 2)
+        quality_G = norm_P2.min(axis=1)[result.issame_P]
         return {
-            name: verify(self._embeddings(name, embed), pairs.issame_P) for name, pairs in self.sets.items()
+            TASK: replace(
+                scores_of(result), rejection=rejection(result.genuine, quality_G, result.impostor, _FMR)
+            )
         }
 
-    def _embeddings(self, name: str, embed: Embed) -> np.ndarray:
-        images = self.sets[name].images
-        # Equal parts, so that all ranks embed equally often; the surplus at the end is cut off again.
-        part = -(-len(images) // self._ranks.world_size)
-        start = part * self._ranks.rank
-        mine = [images[min(i, len(images) - 1)] for i in range(start, start + part)]
-        emb_ND = torch.cat([_with_flip(embed, batch) for batch in self._decoded(mine, start, name)])
-        gathered = [torch.empty_like(emb_ND) for _ in range(self._ranks.world_size)]
-        dist.all_gather(gathered, emb_ND, group=self._ranks.group)
-        return torch.cat(gathered)[: len(images)].cpu().numpy()
 
-    def _decoded(self, images: list[bytes], first: int, name: str) -> Iterable[torch.Tensor]:
-        return decode_all(
-            images,
-            str(self._files[name]),
-            first=first,
-            batch_size=self._batch_size,
-            image_size=self._image_size,
-            threads=default_threads(self._ranks.placement.local_world_size),
-            device_id=self._ranks.device_id,
-        )
-
-
-def _with_flip(embed: Embed, images_BCHW: torch.Tensor) -> torch.Tensor:
-    return embed(images_BCHW) + embed(images_BCHW.flip(3))
+def scores_of(result: VerificationResult) -> Scores:
+    """A result as other protocols have theirs."""
+    return Scores(
+        result.summary(),
+        _CONVENTION,
+        roc=(result.far_R, result.tar_R),
+        histogram=histogram(result.genuine, result.impostor),
+    )

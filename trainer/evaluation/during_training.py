@@ -1,0 +1,48 @@
+"""What a run is evaluated on while it trains: the verification sets of its configuration, and its suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_pipeline import settings
+from trainer.evaluation.embedding import Embedder
+from trainer.evaluation.pair_protocol import VerificationResult
+from trainer.evaluation.protocol import Results
+from trainer.evaluation.suite import Suite, SuiteConfig
+from trainer.evaluation.verification import TASK, PairVerification, scores_of
+
+
+class Evaluation:
+    """Sets by name and the suite, read when this is made. Raises ValueError for bad files or equal names.
+
+    `judged` holds what became of every pair of the sets when they were last looked at, and `results` the
+    scores of sets and suite; both on rank 0 only.
+    """
+
+    def __init__(self, sets: dict[str, Path], suite: Path | None) -> None:
+        self.sets = {name: PairVerification(path) for name, path in sets.items()}
+        self.suite = Suite(settings.load(SuiteConfig, suite) if suite else SuiteConfig())
+        self.judged: dict[str, VerificationResult] = {}
+        self.results: Results = {}
+        both = [name for name in self.sets if name in self.suite.names]
+        if both:
+            raise ValueError(
+                f"{suite}: expected other names than those of evaluation.sets, found {', '.join(both)}; "
+                "rename it there, or leave it out of evaluation.sets"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """What there is to evaluate, the sets first."""
+        return [*self.sets, *self.suite.names]
+
+    def run(self, embedder: Embedder) -> None:
+        """Evaluate sets and suite, all ranks together. If that is interrupted, the last results stay."""
+        judged = {}
+        for name, pairs in self.sets.items():
+            emb_ND = embedder.embed(pairs.faces)
+            if emb_ND is not None:
+                judged[name] = pairs.judge(emb_ND)
+        of_suite = self.suite.evaluate(embedder)
+        self.judged = judged
+        self.results = {name: {TASK: scores_of(result)} for name, result in judged.items()} | of_suite
