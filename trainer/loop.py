@@ -28,6 +28,7 @@ from data_pipeline.remote_loader import RemoteLoader
 from data_pipeline.source import Place, Source, open_source
 from partial_fc.head import PartialFC
 from trainer import backbones, checkpoint, checkpoint_files
+from trainer.backbones import weights
 from trainer.config import RunConfig, differences, micro_batch
 from trainer.distributed import Ranks
 from trainer.engine import Engine
@@ -114,6 +115,8 @@ def _open_model(
         state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
         checkpoint.load(latest, state, group=ranks.group)
         first_step, cursor = header.step, header.cursor
+    elif config.backbone.weights is not None:
+        _load_weights(model, config.backbone.weights, ranks)
     engine = Engine(
         model,
         config.engine,
@@ -124,6 +127,18 @@ def _open_model(
         momentum=momentum,
     )
     return first_step, cursor, engine, head
+
+
+def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
+    """Begin with the weights in `file`. Raises ValueError if it does not fit or ranks see different ones."""
+    sums = [0] * ranks.world_size
+    dist.all_gather_object(sums, weights.load(model, file), group=ranks.group)
+    if len(set(sums)) > 1:
+        other = next(rank for rank, crc32 in enumerate(sums) if crc32 != sums[0])
+        raise ValueError(
+            f"backbone.weights = {file}: expected the same file on all ranks, found that those of ranks 0 "
+            f"and {other} differ; copy one to all nodes, or share it"
+        )
 
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:

@@ -36,6 +36,11 @@ class Backbone(nn.Module):
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
         raise NotImplementedError
 
+    @property
+    def global_branch(self) -> Backbone:
+        """The part that alone is a network of the field: its published weights load there."""
+        return self
+
     def update_statistics(self, norm_GK: Tensor) -> None:
         """Accumulate the norms of one global batch; nothing for a network without branches."""
         assert norm_GK.shape[1] == self.branches == 0

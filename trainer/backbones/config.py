@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -83,6 +84,11 @@ class BackboneConfig(BaseModel):
     stem_stride: Literal[1, 2] = Field(1, description="stride of the first convolution, pixels")
     embedding_size: int = Field(512, ge=1, description="length of the embedding")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of zeroed inputs of the last linear layers")
+    weights: Path | None = Field(
+        None,
+        description="file of the weights that a new run begins with: a state dict by InsightFace's names, "
+        "for lgaf that of its global branch, or a file of `lgaf checkpoint extract`; by default random ones",
+    )
     mhms: MHMSConfig = Field(MHMSConfig(), description="the local branch of lgaf")
     lgf: LGFConfig = Field(LGFConfig(), description="the fusion of lgaf's branches")
 

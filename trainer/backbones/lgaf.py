@@ -62,6 +62,11 @@ class LGAF(Backbone):
         branches = [self.trunk.embed(maps[-1]), self.mhms(maps[self._stage])]
         return self.lgf(torch.stack(branches, dim=1))
 
+    @property
+    def global_branch(self) -> IResNet:
+        """The trunk, whose own embedding is the global feature."""
+        return self.trunk
+
     def update_statistics(self, norm_GK: Tensor) -> None:
         """Accumulate the norms of one global batch into LGF's running statistics."""
         self.lgf.update_statistics(norm_GK)
