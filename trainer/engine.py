@@ -1,7 +1,7 @@
 """The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD. The only import of deepspeed.
 
-    emb_BD, norm_BK = engine.forward(images_BCHW)       remembers what backward needs
-    engine.backward(emb_BD, grad_BD)                    adds to the gradients
+    emb_BD, norm_BK, penalty = engine.forward(images_BCHW)    remembers what backward needs
+    engine.backward(emb_BD, grad_BD, penalty)           adds to the gradients
     engine.step(learning_rate) -> bool                  averages over ranks, updates, forgets
 
 Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
@@ -82,18 +82,29 @@ class Engine:
         self._create_momentum(momentum)
 
     def forward(self, images_BCHW: torch.Tensor) -> Features:
-        """Embeddings float32 [B, D], attached to the graph, and branch norms [B, K]."""
+        """Embeddings float32 [B, D], attached to the graph, branch norms [B, K], and a penalty or None."""
         features: Features = self._engine(images_BCHW)
-        return Features(features.emb_BD.float(), features.norm_BK)
+        return features._replace(emb_BD=features.emb_BD.float())
 
-    def backward(self, emb_BD: torch.Tensor, grad_BD: torch.Tensor) -> None:
+    def backward(
+        self,
+        emb_BD: torch.Tensor,
+        grad_BD: torch.Tensor,
+        penalty: torch.Tensor | None = None,
+        *,
+        share: float = 1.0,
+    ) -> None:
         """Continue from the gradient of the global mean loss with respect to this rank's embeddings.
 
+        penalty: a mean over this rank's images, to be part of the loss; share: that of this micro-batch in
+        the step, by which the penalty alone is multiplied.
+
         DeepSpeed averages the ranks' gradients, where the loss, a mean over all ranks' samples, needs their
-        sum: the number of ranks is put back here, and only here.
+        sum: the number of ranks is put back here, and only here. Of penalties it is the average that is due.
         """
         # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BD is the factor itself.
-        self._engine.backward((emb_BD * (grad_BD * self._world_size)).sum())
+        loss = (emb_BD * (grad_BD * self._world_size)).sum()
+        self._engine.backward(loss if penalty is None else loss + share * penalty)
 
     def step(self, learning_rate: float) -> bool:
         """Update the weights from the gradients of all micro-batches since `train`; True if that was done.

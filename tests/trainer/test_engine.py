@@ -15,7 +15,8 @@ OPTIMIZER = OptimizerConfig(momentum=0.9, weight_decay=0.05)
 
 
 class TinyBackbone(Backbone):
-    """No batch statistics, so that ranks see what one process sees; a frozen parameter, as iresnet has."""
+    """No batch statistics, so that ranks see what one process sees; a frozen parameter, as iresnet has; a
+    penalty, as lgaf can have."""
 
     embedding_size, branches = 5, 0
 
@@ -28,7 +29,7 @@ class TinyBackbone(Backbone):
 
     def forward(self, images_BCHW):
         emb_BD = self.layers(images_BCHW.flatten(1)) * self.frozen
-        return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0))
+        return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0), 0.5 * emb_BD.square().sum(1).mean())
 
 
 def micro_batches(step):
@@ -50,7 +51,8 @@ def train(engine, rank, steps):
     engine.train()
     for step in steps:
         for images, grad in micro_batches(step):
-            engine.backward(engine.forward(images[mine]).emb_BD, grad[mine])
+            features = engine.forward(images[mine])
+            engine.backward(features.emb_BD, grad[mine], features.penalty, share=1 / ACCUMULATION)
         engine.step(rate(step))
 
 
@@ -119,7 +121,9 @@ def plain():
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": 0.05}, {"params": others}], momentum=0.9)
     for step in range(STEPS):
         for images, grad in micro_batches(step):
-            model(images).emb_BD.backward(grad)
+            emb_BD = model(images).emb_BD
+            # The penalty by hand: the mean over all images of half the squared length.
+            emb_BD.backward(grad + emb_BD.detach() / len(emb_BD) / ACCUMULATION)
         for group in sgd.param_groups:
             group["lr"] = rate(step)
         sgd.step()

@@ -22,9 +22,10 @@ class WithNorms(TinyBackbone):
     branches = 2
 
     def forward(self, images_BCHW):
-        emb_BD, _ = super().forward(images_BCHW)
+        features = super().forward(images_BCHW)
+        emb_BD = features.emb_BD.detach()
         halves = torch.stack([emb_BD[:, :2].norm(dim=1), emb_BD[:, 2:].norm(dim=1)], dim=1)
-        return type(super().forward(images_BCHW))(emb_BD, halves.detach())
+        return features._replace(norm_BK=halves)
 
     def update_statistics(self, norm_GK):
         self.counted.copy_(norm_GK.mean(0))

@@ -19,11 +19,13 @@ class Features(NamedTuple):
     """What a network says of B images, in float32.
 
     `emb_BD`: the embedding; its direction says who, its length how good the image is. `norm_BK`: the feature
-    norm of each branch, detached; no columns (K = 0) where a network has no branches.
+    norm of each branch, detached; no columns (K = 0) where a network has no branches. `penalty`: what
+    training adds to the loss, a mean over the images, scalar and attached; None where there is nothing.
     """
 
     emb_BD: Tensor
     norm_BK: Tensor
+    penalty: Tensor | None = None
 
 
 class Backbone(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Depth = Literal[18, 34, 50, 100, 200]
 
@@ -39,6 +39,27 @@ class MHMSConfig(BaseModel):
         ge=1,
         description="side of the grid into which a head's map is averaged, cells; at most the map's",
     )
+
+    divergence: float = Field(
+        0.0,
+        ge=0,
+        description="weight in the loss of the mean cosine between two heads' spatial attention; 0: none",
+    )
+    head_drop: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="chance that a head is left out of a training step for an image; the rest is scaled up",
+    )
+
+    @model_validator(mode="after")
+    def _has_heads_to_compare(self) -> MHMSConfig:
+        if self.divergence and len(self.heads) < 2:
+            raise ValueError(
+                f"divergence = {self.divergence:g} compares heads with each other: expected at least two, "
+                "found one; set divergence to 0, or add heads"
+            )
+        return self
 
     @field_validator("heads")
     @classmethod
