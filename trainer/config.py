@@ -42,12 +42,20 @@ class Strict(BaseModel):
 
 
 class OptimizerConfig(Strict):
-    """SGD for the backbone, and the learning rate of backbone and head."""
+    """What moves the backbone, and the learning rate of backbone and head."""
 
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="what moves the backbone's weights")
     learning_rate: float = Field(0.1, gt=0, description="learning rate after the warm-up")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the backbone's SGD")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd; beta1 of adamw")
+    beta2: float = Field(0.999, ge=0, lt=1, description="beta2 of adamw")
     weight_decay: float = Field(
-        5e-4, ge=0, description="decay of the backbone's weights; norms, biases and PReLU slopes have none"
+        5e-4,
+        ge=0,
+        description="decay of the backbone's weights, norms, biases and PReLU slopes excepted: sgd adds this "
+        "times a weight to its gradient, adamw takes this times the learning rate off the weight",
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="norm to which the backbone's whole gradient is cut; by default it is not"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
     power: float = Field(2.0, ge=0, description="exponent of the polynomial decay after the warm-up")

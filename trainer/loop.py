@@ -105,16 +105,9 @@ def _open_model(
         group=ranks.group,
         device=ranks.device,
     )
-    network = checkpoint.backbone_state(model)
-    momentum = {name: torch.zeros_like(tensor) for name, tensor in network["backbone_weight"].items()}
-    first_step, cursor = 0, None
     latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
-        header = checkpoint_files.read_manifest(latest).header
-        _refuse_changes(config, source, header)
-        state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
-        checkpoint.load(latest, state, group=ranks.group)
-        first_step, cursor = header.step, header.cursor
+        _refuse_changes(config, source, checkpoint_files.read_manifest(latest).header)
     elif config.backbone.weights is not None:
         _load_weights(model, config.backbone.weights, ranks)
     engine = Engine(
@@ -124,9 +117,24 @@ def _open_model(
         micro_batch=micro,
         group=ranks.group,
         device=ranks.device,
-        momentum=momentum,
     )
-    return first_step, cursor, engine, head
+    if latest is None:
+        return 0, None, engine, head
+    header = _restore(latest, engine, head, ranks)
+    return header.step, header.cursor, engine, head
+
+
+def _state(engine: Engine, head: PartialFC) -> checkpoint.State:
+    """All that is to be saved; all ranks call it together."""
+    return {**engine.state(), "head": head.logical_state()}
+
+
+def _restore(latest: Path, engine: Engine, head: PartialFC, ranks: Ranks) -> checkpoint_files.Header:
+    """Bring network and head to where a checkpoint has them."""
+    state = _state(engine, head)
+    checkpoint.load(latest, state, group=ranks.group)
+    engine.load_state(state)
+    return checkpoint_files.read_manifest(latest).header
 
 
 def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
@@ -215,7 +223,7 @@ class _Training:
         )
         if first_step in (0, self.steps) or self._lacks_evaluation(first_step):
             self._evaluate(first_step)
-        self.saver.prepare(self._state())
+        self.saver.prepare(_state(self.engine, self.head))
         done, stopped_by = first_step, 0
         while done < self.steps and not stopped_by:
             done, stopped_by = self._steps_from(done)
@@ -299,10 +307,7 @@ class _Training:
                 _diagnosis(failed_step, self.skips_in_a_row, self.rollbacks, loss, rate, self.config)
             )
         self.failed_at = failed_step
-        state = self._state()
-        checkpoint.load(latest, state, group=self.ranks.group)
-        self.engine.load_state(state)
-        header = checkpoint_files.read_manifest(latest).header
+        header = _restore(latest, self.engine, self.head, self.ranks)
         step, self.cursor = header.step, header.cursor
         self.rollbacks += 1
         self.metrics.rollbacks.inc()
@@ -418,11 +423,9 @@ class _Training:
             checkpoint.versions(),
             self._cursor(),
         )
-        self.saver.save(self._state, header, is_last=and_wait or step == self.steps)
-
-    def _state(self) -> checkpoint.State:
-        """All that is to be saved; all ranks call it together."""
-        return {**self.engine.state(), "head": self.head.logical_state()}
+        self.saver.save(
+            lambda: _state(self.engine, self.head), header, is_last=and_wait or step == self.steps
+        )
 
     def _cursor(self) -> list[list[int]] | None:
         """Where all ranks stand in a stream; None where the step says it."""

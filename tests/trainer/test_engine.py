@@ -1,4 +1,4 @@
-"""The engine on several ranks is one plain SGD step on the whole batch, at every ZeRO stage."""
+"""The engine on several ranks is one plain step of torch on the whole batch, at every ZeRO stage."""
 
 import pytest
 import torch
@@ -11,7 +11,17 @@ from trainer.config import EngineConfig, OptimizerConfig
 from trainer.engine import Engine
 
 RANKS, MICRO_BATCH, ACCUMULATION, STEPS = 2, 4, 2, 3
-OPTIMIZER = OptimizerConfig(momentum=0.9, weight_decay=0.05)
+OPTIMIZERS = {
+    "sgd": OptimizerConfig(momentum=0.9, weight_decay=0.05),
+    # Some gradients are longer than clip_norm, and some are not.
+    "adamw": OptimizerConfig(kind="adamw", beta2=0.95, weight_decay=0.5, clip_norm=17.0),
+}
+MOMENTS = {
+    "sgd": {"backbone_momentum": "momentum_buffer"},
+    "adamw": {"backbone_first_moment": "exp_avg", "backbone_second_moment": "exp_avg_sq"},
+}
+CASES = [(kind, stage) for kind in OPTIMIZERS for stage in (0, 1, 2, 3)]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 
 
 class TinyBackbone(Backbone):
@@ -56,37 +66,41 @@ def train(engine, rank, steps):
         engine.step(rate(step))
 
 
-def new_engine(stage, model=None, momentum=None, precision="fp32"):
+def new_engine(stage, kind="sgd", **engine):
     return Engine(
-        model or TinyBackbone(),
-        EngineConfig(zero_stage=stage, precision=precision),
-        OPTIMIZER,
+        TinyBackbone(),
+        EngineConfig(**{"zero_stage": stage, "precision": "fp32"} | engine),
+        OPTIMIZERS[kind],
         micro_batch=MICRO_BATCH,
         group=dist.group.WORLD,
         device=torch.device("cpu"),
-        momentum=momentum,
     )
 
 
 def trained_at_all_stages(rank):
-    """For each stage: the state after all steps, and the same with a new engine made in between, and with the
+    """For each case: the state after all steps, and the same with a new engine made in between, and with the
     state in between loaded again."""
     found = {}
-    for stage in (0, 1, 2, 3):
-        engine = new_engine(stage)
+    for kind, stage in CASES:
+        engine = new_engine(stage, kind)
         fresh = copied(engine.state())
         train(engine, rank, range(1))
         state = copied(engine.state())
         train(engine, rank, range(1, STEPS))
         straight = copied(engine.state())
-        model = TinyBackbone()
-        model.load_state_dict({**model.state_dict(), **state["backbone_weight"]})
-        again = new_engine(stage, model, state["backbone_momentum"])
+        again = new_engine(stage, kind)
+        again.load_state(state)
         train(again, rank, range(1, STEPS))
         engine.load_state(state)
         train(engine, rank, range(1, STEPS))
         image = next(micro_batches(0))[0]
-        found[stage] = fresh, straight, copied(again.state()), again.embed(image), copied(engine.state())
+        found[kind, stage] = (
+            fresh,
+            straight,
+            copied(again.state()),
+            again.embed(image),
+            copied(engine.state()),
+        )
     return found
 
 
@@ -114,58 +128,85 @@ def by_rank():
 
 @pytest.fixture(scope="module")
 def plain():
-    """One process, torch's SGD, whole batches."""
+    """One process, torch's optimizers, whole batches."""
+    return {kind: trained_plainly(kind) for kind in OPTIMIZERS}
+
+
+def trained_plainly(kind):
     model = TinyBackbone()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
-    sgd = torch.optim.SGD([{"params": decayed, "weight_decay": 0.05}, {"params": others}], momentum=0.9)
+    if kind == "sgd":
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others}]
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+    else:
+        groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    norms = []
     for step in range(STEPS):
         for images, grad in micro_batches(step):
             emb_BD = model(images).emb_BD
             # The penalty by hand: the mean over all images of half the squared length.
             emb_BD.backward(grad + emb_BD.detach() / len(emb_BD) / ACCUMULATION)
-        for group in sgd.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        sgd.step()
-        sgd.zero_grad()
+        if OPTIMIZERS[kind].clip_norm:
+            norms.append(
+                torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZERS[kind].clip_norm).item()
+            )
+        optimizer.step()
+        optimizer.zero_grad()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return model, named, {name: sgd.state[p]["momentum_buffer"] for name, p in named.items()}
+    moments = {
+        part: {name: optimizer.state[p][key] for name, p in named.items()}
+        for part, key in MOMENTS[kind].items()
+    }
+    return model, named, moments, norms
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ranks_equal_one_plain_process(by_rank, plain, stage):
-    model, weights, momenta = plain
+def test_a_gradient_is_cut_where_it_is_too_long_and_only_there(plain):
+    norms = plain["adamw"][3]
+    assert min(norms) < OPTIMIZERS["adamw"].clip_norm < max(norms), norms
+
+
+@every_case
+def test_ranks_equal_one_plain_process(by_rank, plain, case):
+    model, weights, moments, _ = plain[case[0]]
     for found in by_rank:
-        _, straight, _, embedded, _ = found[stage]
+        _, straight, _, embedded, _ = found[case]
+        straight = dict(straight)
         for name, weight in weights.items():
             torch.testing.assert_close(
                 straight["backbone_weight"][name], weight.detach(), rtol=1e-5, atol=1e-6
             )
-            torch.testing.assert_close(
-                straight["backbone_momentum"][name], momenta[name], rtol=1e-5, atol=1e-5
-            )
-        assert straight["backbone_weight"].keys() == straight["backbone_momentum"].keys() == weights.keys()
-        assert straight["backbone_buffer"].keys() == {"counted"}
+            for part, moment in moments.items():
+                torch.testing.assert_close(straight[part][name], moment[name], rtol=1e-5, atol=1e-5)
+        for part in ("backbone_weight", *moments):
+            assert straight.pop(part).keys() == weights.keys()
+        assert straight.pop("backbone_buffer").keys() == {"counted"}
+        assert straight == ({"backbone_updates": {"count": STEPS}} if case[0] == "adamw" else {})
         expected = model(next(micro_batches(0))[0]).emb_BD.detach()
         torch.testing.assert_close(embedded, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_state_taken_between_steps_goes_on_to_the_same_bits(by_rank, stage):
+@every_case
+def test_a_state_taken_between_steps_goes_on_to_the_same_bits(by_rank, case):
     for found in by_rank:
-        _, straight, again, _, back = found[stage]
-        for part in ("backbone_weight", "backbone_momentum"):
-            for name, tensor in straight[part].items():
+        _, straight, again, _, back = found[case]
+        assert straight.keys() == again.keys() == back.keys()
+        for part, tensors in straight.items():
+            for name, tensor in tensors.items():
                 assert torch.equal(again[part][name], tensor)
                 assert torch.equal(back[part][name], tensor)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_state_taken_before_the_first_step(by_rank, stage):
-    fresh = by_rank[0][stage][0]
+@every_case
+def test_a_state_taken_before_the_first_step(by_rank, case):
+    fresh = by_rank[0][case][0]
     initial = dict(TinyBackbone().named_parameters())
     assert all(torch.equal(tensor, initial[name]) for name, tensor in fresh["backbone_weight"].items())
-    assert not any(tensor.any() for tensor in fresh["backbone_momentum"].values())
+    for part in (*MOMENTS[case[0]], *({"backbone_updates"} & fresh.keys())):
+        assert not any(tensor.any() for tensor in fresh[part].values())
 
 
 def test_with_bf16_products_gradients_are_still_summed_in_float32():

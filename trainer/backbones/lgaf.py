@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from trainer.backbones.base import Backbone, Features
 from trainer.backbones.config import LGFConfig, MHMSConfig
 from trainer.backbones.iresnet import IResNet, feature_norm, initialise, project
+from trainer.backbones.recompute import run
 
 GLOBAL, LOCAL = 0, 1
 _EPS = 1e-3
@@ -42,13 +43,20 @@ class LGAF(Backbone):
 
     branches = 2
 
-    def __init__(self, trunk: IResNet, mhms: MHMSConfig, lgf: LGFConfig, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        trunk: IResNet,
+        mhms: MHMSConfig,
+        lgf: LGFConfig,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.embedding_size = trunk.embedding_size
         self.trunk = trunk
         self._stage = mhms.stage - 1
         inputs, side = trunk.channels[self._stage], trunk.sides[self._stage]
-        self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout)
+        self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout, recompute)
         self._divergence = mhms.divergence
         self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
 
@@ -143,8 +151,17 @@ class MHMS(nn.Module):
     """Multi-head multi-scale local feature extraction: a map [B, C, H, W] to the local feature [B, D], and
     where each head looks [B, heads, H * W]."""
 
-    def __init__(self, inputs: int, side: int, size: int, config: MHMSConfig, dropout: float) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        side: int,
+        size: int,
+        config: MHMSConfig,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self._recompute = recompute
         channels, grid = max(1, inputs // config.head_reduction), min(config.grid, side)
         self.heads = nn.ModuleList(
             Head(inputs, channels, kernels, config.attention_reduction, grid) for kernels in config.heads
@@ -157,7 +174,9 @@ class MHMS(nn.Module):
 
     def forward(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The local feature, in float32, and the heads' attention."""
-        cells, attentions = zip(*(head(map_BCHW) for head in self.heads), strict=True)
+        cells, attentions = zip(
+            *(run(head, map_BCHW, recompute=self._recompute) for head in self.heads), strict=True
+        )
         cells_BHN = self.head_drop(torch.stack(cells, dim=1))
         local_BD = project(self.dropout(cells_BHN.flatten(1)), self.fc, self.features)
         return local_BD, torch.stack(attentions, dim=1)
