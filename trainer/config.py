@@ -14,6 +14,9 @@ from data_pipeline.config import DataConfig
 from partial_fc.config import HeadConfig
 from trainer.backbones.config import BackboneConfig
 
+# Below it, oneDNN as torch 2.13 brings it crashes in the backward pass of strided 1x1 convolutions.
+LEAST_CHANNELS_LAST_WIDTH = 16
+
 # Keys that say where and how a run is executed, not what is computed: a continued run may change them.
 MAY_CHANGE = (
     "run_dir",
@@ -27,6 +30,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",
+    "backbone.recompute",
     "engine.zero_stage",
     "checkpoint",
     "evaluation",
@@ -69,6 +73,16 @@ class EngineConfig(Strict):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="type of the backbone's matrix products; auto is bf16 on a GPU that has it"
+    )
+    channels_last: bool = Field(
+        False,
+        description="keep the channels of a cell side by side in memory, which makes convolutions faster on "
+        "GPUs with tensor cores and on CPUs",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the backbone by torch.compile, which takes minutes at the start and needs a C++ "
+        "compiler",
     )
 
 
@@ -161,6 +175,23 @@ class RunConfig(Strict):
             raise ValueError(
                 "expected a length, either `steps` or `epochs`, found "
                 + ("neither" if self.steps is None else "both")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_run_the_backbone(self) -> RunConfig:
+        engine, backbone = self.engine, self.backbone
+        if engine.compile and (engine.zero_stage == 3 or backbone.recompute):
+            other = "engine.zero_stage = 3" if engine.zero_stage == 3 else "backbone.recompute"
+            raise ValueError(
+                f"engine.compile and {other}: expected at most one of them, as torch.compile does not see "
+                "through what the other does around every block; set engine.compile = false"
+            )
+        if engine.channels_last and backbone.name != "vit" and backbone.width < LEAST_CHANNELS_LAST_WIDTH:
+            raise ValueError(
+                f"engine.channels_last with backbone.width = {backbone.width}: expected a width of at least "
+                f"{LEAST_CHANNELS_LAST_WIDTH}, as oneDNN crashes with narrower convolutions of stride 2; "
+                "widen the network, or set engine.channels_last = false"
             )
         return self
 

@@ -30,6 +30,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from trainer.backbones import Backbone, Features, parameter_groups
 from trainer.config import EngineConfig, OptimizerConfig
@@ -71,6 +73,9 @@ class Engine:
         self._stage = engine.zero_stage
         self._moments = _MOMENTS[optimizer.kind]
         self._optimizer = _optimizer(model, optimizer, looks_itself=self._stage == 0)
+        self._layout = torch.channels_last if engine.channels_last else torch.preserve_format
+        if engine.compile:
+            _compile(model)
         self.is_bf16 = uses_bf16(engine, device)
         self._engine = _initialize(
             model, self._optimizer, optimizer.clip_norm, self.is_bf16, self._stage, micro_batch, device
@@ -82,7 +87,7 @@ class Engine:
 
     def forward(self, images_BCHW: torch.Tensor) -> Features:
         """Embeddings float32 [B, D], attached to the graph, branch norms [B, K], and a penalty or None."""
-        features: Features = self._engine(images_BCHW)
+        features: Features = self._engine(images_BCHW.to(memory_format=self._layout))
         return features._replace(emb_BD=features.emb_BD.float())
 
     def backward(
@@ -142,7 +147,7 @@ class Engine:
     def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Embeddings float32 [B, D] for evaluation; at ZeRO stage 3 all ranks must call it equally often."""
         self._engine.eval()
-        emb_BD: torch.Tensor = self._engine(images_BCHW).emb_BD
+        emb_BD: torch.Tensor = self._engine(images_BCHW.to(memory_format=self._layout)).emb_BD
         return emb_BD.float()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -294,6 +299,21 @@ def _initialize(
         model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
     return engine
+
+
+def _compile(model: Backbone) -> None:
+    """Compile in place, so that modules and parameters keep their names, at the first images.
+
+    Raises ValueError if there is no C++ compiler, which torch would notice in the middle of a step.
+    """
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "engine.compile needs a C++ compiler, found none: install g++, name another in the environment "
+            "variable CXX, or set engine.compile = false"
+        ) from error
+    model.compile()
 
 
 def uses_bf16(config: EngineConfig, device: torch.device) -> bool:

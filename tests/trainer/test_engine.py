@@ -1,12 +1,14 @@
 """The engine on several ranks is one plain step of torch on the whole batch, at every ZeRO stage."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from tests.ranks import run_ranks
-from trainer.backbones import Backbone, Features
+from trainer.backbones import Backbone, BackboneConfig, Features, build
 from trainer.config import EngineConfig, OptimizerConfig
 from trainer.engine import Engine
 
@@ -102,6 +104,55 @@ def trained_at_all_stages(rank):
             copied(engine.state()),
         )
     return found
+
+
+def trained_with(rank, **engine):
+    """The state after all steps, and an embedding."""
+    model = new_engine(1, **engine)
+    train(model, rank, range(STEPS))
+    return copied(model.state()), model.embed(next(micro_batches(0))[0])
+
+
+def plain_and_compiled(rank):
+    return trained_with(rank), trained_with(rank, compile=True)
+
+
+def without_a_compiler(rank):
+    os.environ["CXX"] = "/nowhere/g++"
+    os.environ["PATH"] = ""
+    try:
+        new_engine(1, compile=True)
+    except ValueError as error:
+        return str(error)
+
+
+def network_in_both_layouts(rank):
+    return [convolutional(rank, channels_last) for channels_last in (False, True)]
+
+
+def convolutional(rank, channels_last):
+    """State and embedding after two steps of a convolutional network, and whether a map inside had its
+    channels last each time."""
+    torch.manual_seed(0)
+    engine = Engine(
+        build(BackboneConfig(blocks=(1, 1, 1, 1), width=16, embedding_size=16), 32),
+        EngineConfig(precision="fp32", channels_last=channels_last),
+        OPTIMIZERS["sgd"],
+        micro_batch=4,
+        group=dist.group.WORLD,
+        device=torch.device("cpu"),
+    )
+    layouts = []
+    engine.model.trunk.layer3[0].register_forward_hook(
+        lambda _, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
+    for _ in range(2):
+        engine.train()
+        features = engine.forward(images)
+        engine.backward(features.emb_BD, torch.linspace(-1, 1, 16).expand(4, 16))
+        engine.step(0.01)
+    return copied(engine.state()), engine.embed(images), layouts
 
 
 def momentum_in_bfloat16(rank):
@@ -207,6 +258,33 @@ def test_a_state_taken_before_the_first_step(by_rank, case):
     assert all(torch.equal(tensor, initial[name]) for name, tensor in fresh["backbone_weight"].items())
     for part in (*MOMENTS[case[0]], *({"backbone_updates"} & fresh.keys())):
         assert not any(tensor.any() for tensor in fresh[part].values())
+
+
+def assert_alike(found, expected, tolerance):
+    for part, tensors in expected[0].items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(found[0][part][name], tensor, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
+
+
+def test_a_compiled_network_computes_the_same():
+    ((expected, found),) = run_ranks(plain_and_compiled, 1)
+    assert found[0]["backbone_weight"].keys() == expected[0]["backbone_weight"].keys()
+    assert_alike(found, expected, 1e-5)
+
+
+def test_a_missing_compiler_is_named():
+    assert (
+        "engine.compile needs a C++ compiler, found none: install g++" in run_ranks(without_a_compiler, 1)[0]
+    )
+
+
+def test_channels_last_computes_the_same():
+    for expected, found in run_ranks(network_in_both_layouts, 1):
+        assert not any(expected[2])
+        assert all(found[2])
+        assert len(found[2]) == 3
+        assert_alike(found, expected, 1e-3)
 
 
 def test_with_bf16_products_gradients_are_still_summed_in_float32():
