@@ -1,8 +1,8 @@
 """The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD or AdamW. The only import of deepspeed.
 
-    emb_BD, norm_BK, penalty = engine.forward(images_BCHW)    remembers what backward needs
-    engine.backward(emb_BD, grad_BD, penalty)           adds to the gradients
-    engine.step(learning_rate) -> bool                  averages over ranks, updates, forgets
+    emb_BD, norm_BK, penalty = engine.forward(images_BCHW)      remembers what backward needs
+    engine.backward(emb_BD, grad_BD, penalty, share=1 / A)      adds to the gradients
+    engine.step(learning_rate) -> bool                          averages over ranks, updates, forgets
 
 Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
 Weights stay float32 at every ZeRO stage; bfloat16 is autocast's, so norms and moments do not lose digits.
@@ -30,8 +30,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from trainer.backbones import Backbone, Features, parameter_groups
 from trainer.config import EngineConfig, OptimizerConfig
@@ -259,11 +257,11 @@ class _Finite(torch.optim.Optimizer):
 
 
 class _FiniteSGD(_Finite, torch.optim.SGD):
-    pass
+    """torch's SGD, for stage 0."""
 
 
 class _FiniteAdamW(_Finite, torch.optim.AdamW):
-    pass
+    """torch's AdamW, for stage 0."""
 
 
 def _optimizer(model: Backbone, config: OptimizerConfig, *, looks_itself: bool) -> torch.optim.Optimizer:
@@ -306,6 +304,10 @@ def _compile(model: Backbone) -> None:
 
     Raises ValueError if there is no C++ compiler, which torch would notice in the middle of a step.
     """
+    # Only who compiles waits for these to be imported.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

@@ -1,7 +1,5 @@
 """The engine on several ranks is one plain step of torch on the whole batch, at every ZeRO stage."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -113,21 +111,24 @@ def trained_with(rank, **engine):
     return copied(model.state()), model.embed(next(micro_batches(0))[0])
 
 
-def plain_and_compiled(rank):
-    return trained_with(rank), trained_with(rank, compile=True)
+def in_other_ways(rank):
+    """What is said where no compiler is; training plainly and compiled; in both layouts."""
+    return (
+        without_a_compiler(),
+        [trained_with(rank, compile=compile) for compile in (False, True)],
+        [convolutional(rank, channels_last) for channels_last in (False, True)],
+    )
 
 
-def without_a_compiler(rank):
-    os.environ["CXX"] = "/nowhere/g++"
-    os.environ["PATH"] = ""
-    try:
+def without_a_compiler():
+    import torch._inductor.config as inductor
+
+    with (
+        inductor.patch("cpp.cxx", (None, "/nowhere/g++")),
+        pytest.raises(ValueError, match="compiler") as caught,
+    ):
         new_engine(1, compile=True)
-    except ValueError as error:
-        return str(error)
-
-
-def network_in_both_layouts(rank):
-    return [convolutional(rank, channels_last) for channels_last in (False, True)]
+    return str(caught.value)
 
 
 def convolutional(rank, channels_last):
@@ -267,24 +268,26 @@ def assert_alike(found, expected, tolerance):
     torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
-def test_a_compiled_network_computes_the_same():
-    ((expected, found),) = run_ranks(plain_and_compiled, 1)
+@pytest.fixture(scope="module")
+def other_ways():
+    return run_ranks(in_other_ways, 1)[0]
+
+
+def test_a_missing_compiler_is_named(other_ways):
+    assert "engine.compile needs a C++ compiler, found none: install g++" in other_ways[0]
+
+
+def test_a_compiled_network_computes_the_same(other_ways):
+    expected, found = other_ways[1]
     assert found[0]["backbone_weight"].keys() == expected[0]["backbone_weight"].keys()
     assert_alike(found, expected, 1e-5)
 
 
-def test_a_missing_compiler_is_named():
-    assert (
-        "engine.compile needs a C++ compiler, found none: install g++" in run_ranks(without_a_compiler, 1)[0]
-    )
-
-
-def test_channels_last_computes_the_same():
-    for expected, found in run_ranks(network_in_both_layouts, 1):
-        assert not any(expected[2])
-        assert all(found[2])
-        assert len(found[2]) == 3
-        assert_alike(found, expected, 1e-3)
+def test_channels_last_computes_the_same(other_ways):
+    expected, found = other_ways[2]
+    assert expected[2] == [False] * 3
+    assert found[2] == [True] * 3
+    assert_alike(found, expected, 1e-3)
 
 
 def test_with_bf16_products_gradients_are_still_summed_in_float32():

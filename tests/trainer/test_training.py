@@ -304,6 +304,9 @@ def test_the_network_can_be_taken_out_and_begun_with(straight, faces, tmp_path):
         json.loads((run_dir / "result.json").read_text()) for run_dir in (straight, tmp_path / "run")
     )
     assert after["verification_accuracy_untrained"] == before["verification_accuracy"]
+    out.unlink()
+    again = run(*train_words(tmp_path / "run", faces, *OPTIONS, "steps=1", f"backbone.weights={out}"))
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused(straight, faces, tmp_path):

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from trainer.backbones.base import Backbone, Features, check_size
 from trainer.backbones.config import ViTConfig
-from trainer.backbones.iresnet import project
 from trainer.backbones.recompute import run
 
 HEADS, MLP_RATIO = 8, 4
@@ -82,8 +81,9 @@ class ViT(Backbone):
         if seen_BN is not None:
             everywhere_BNE = self.mask_token.float().expand(len(token_BNE), self.pos_embed.shape[1], -1)
             token_BNE = everywhere_BNE.scatter(1, seen_BN[:, :, None].expand_as(token_BNE), token_BNE)
-        linear1, norm1, linear2, norm2 = self.feature
-        emb_BD = project(project(token_BNE.flatten(1), linear1, norm1), linear2, norm2)
+        # Norms are read from this, for which the 8 bits of bfloat16 are too few.
+        with torch.autocast(token_BNE.device.type, enabled=False):
+            emb_BD = self.feature(token_BNE.flatten(1))
         return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0))
 
     def _seen(self, token_BNE: Tensor) -> Tensor:
