@@ -261,3 +261,13 @@ def test_the_local_branch_costs_little():
 def test_kernels_without_a_centre_are_refused(heads):
     with pytest.raises(ValidationError, match=r"kernel sizes .* each odd and positive"):
         MHMSConfig(heads=heads)
+
+
+def test_heads_begin_as_the_trunk_does(lgaf):
+    weights = dict(lgaf.named_parameters())
+    assert weights["mhms.heads.0.msnet.scales.1.0.weight"].std().item() == pytest.approx(0.1, rel=0.1)
+    for name, parameter in lgaf.mhms.named_parameters():
+        if name.endswith(("squeeze.bias", "excite.bias")):
+            assert parameter.eq(0).all(), name
+    assert weights["mhms.features.weight"].eq(1).all()
+    assert not weights["mhms.features.weight"].requires_grad
