@@ -14,6 +14,9 @@ from data_pipeline.config import DataConfig
 from partial_fc.config import HeadConfig
 from trainer.backbones.config import BackboneConfig
 
+# Below it, oneDNN as torch 2.13 brings it crashes in the backward pass of strided 1x1 convolutions.
+LEAST_CHANNELS_LAST_WIDTH = 16
+
 # Keys that say where and how a run is executed, not what is computed: a continued run may change them.
 MAY_CHANGE = (
     "run_dir",
@@ -27,6 +30,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",
+    "backbone.recompute",
     "engine.zero_stage",
     "checkpoint",
     "evaluation",
@@ -42,12 +46,20 @@ class Strict(BaseModel):
 
 
 class OptimizerConfig(Strict):
-    """SGD for the backbone, and the learning rate of backbone and head."""
+    """What moves the backbone, and the learning rate of backbone and head."""
 
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="what moves the backbone's weights")
     learning_rate: float = Field(0.1, gt=0, description="learning rate after the warm-up")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the backbone's SGD")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd; beta1 of adamw")
+    beta2: float = Field(0.999, ge=0, lt=1, description="beta2 of adamw")
     weight_decay: float = Field(
-        5e-4, ge=0, description="decay of the backbone's weights; norms, biases and PReLU slopes have none"
+        5e-4,
+        ge=0,
+        description="decay of the backbone's weights, norms, biases and PReLU slopes excepted: sgd adds this "
+        "times a weight to its gradient, adamw takes this times the learning rate off the weight",
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="norm to which the backbone's whole gradient is cut; by default it is not"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
     power: float = Field(2.0, ge=0, description="exponent of the polynomial decay after the warm-up")
@@ -61,6 +73,16 @@ class EngineConfig(Strict):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="type of the backbone's matrix products; auto is bf16 on a GPU that has it"
+    )
+    channels_last: bool = Field(
+        False,
+        description="keep the channels of a cell side by side in memory, which makes convolutions faster on "
+        "GPUs with tensor cores and on CPUs",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the backbone by torch.compile, which takes minutes at the start and needs a C++ "
+        "compiler",
     )
 
 
@@ -156,6 +178,23 @@ class RunConfig(Strict):
             raise ValueError(
                 "expected a length, either `steps` or `epochs`, found "
                 + ("neither" if self.steps is None else "both")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_run_the_backbone(self) -> RunConfig:
+        engine, backbone = self.engine, self.backbone
+        if engine.compile and (engine.zero_stage == 3 or backbone.recompute):
+            other = "engine.zero_stage = 3" if engine.zero_stage == 3 else "backbone.recompute"
+            raise ValueError(
+                f"engine.compile and {other}: expected at most one of them, as torch.compile does not see "
+                "through what the other does around every block; set engine.compile = false"
+            )
+        if engine.channels_last and backbone.name != "vit" and backbone.width < LEAST_CHANNELS_LAST_WIDTH:
+            raise ValueError(
+                f"engine.channels_last with backbone.width = {backbone.width}: expected a width of at least "
+                f"{LEAST_CHANNELS_LAST_WIDTH}, as oneDNN crashes with narrower convolutions of stride 2; "
+                "widen the network, or set engine.channels_last = false"
             )
         return self
 

@@ -1,8 +1,8 @@
-"""The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD. The only import of deepspeed.
+"""The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD or AdamW. The only import of deepspeed.
 
-    emb_BD, norm_BK = engine.forward(images_BCHW)       remembers what backward needs
-    engine.backward(emb_BD, grad_BD)                    adds to the gradients
-    engine.step(learning_rate) -> bool                  averages over ranks, updates, forgets
+    emb_BD, norm_BK, penalty = engine.forward(images_BCHW)      remembers what backward needs
+    engine.backward(emb_BD, grad_BD, penalty, share=1 / A)      adds to the gradients
+    engine.step(learning_rate) -> bool                          averages over ranks, updates, forgets
 
 Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
 Weights stay float32 at every ZeRO stage; bfloat16 is autocast's, so norms and moments do not lose digits.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
 
 import torch
 
@@ -35,7 +34,13 @@ from torch import nn
 from trainer.backbones import Backbone, Features, parameter_groups
 from trainer.config import EngineConfig, OptimizerConfig
 
-_MOMENTUM = "momentum_buffer"
+# What an optimizer keeps per parameter: name in a checkpoint, the same as the head's, and name in torch.
+_MOMENTS = {
+    "sgd": {"momentum": "momentum_buffer"},
+    "adamw": {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"},
+}
+# And per tensor that it moves at once: the updates that it has had, which correct AdamW's moments.
+_UPDATES = "step"
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls torch's collectives by names that have newer ones.
@@ -46,10 +51,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
-    """A backbone being trained. `model` is given with its initial (or loaded) weights, the same on all ranks.
-
-    `momentum` holds the moments to go on from, by parameter name; None starts at zero.
-    """
+    """A backbone being trained. `model` is given with its initial weights, the same on all ranks."""
 
     def __init__(
         self,
@@ -60,7 +62,6 @@ class Engine:
         micro_batch: int,
         group: dist.ProcessGroup,
         device: torch.device,
-        momentum: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self.device = device
         self._group, self._world_size = group, dist.get_world_size(group)
@@ -68,32 +69,44 @@ class Engine:
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         self._stage = engine.zero_stage
-        # DeepSpeed looks at the gradients itself where it owns them, from stage 1 on.
-        sgd = (_FiniteSGD if self._stage == 0 else torch.optim.SGD)(
-            parameter_groups(model, optimizer.weight_decay),
-            lr=optimizer.learning_rate,
-            momentum=optimizer.momentum,
-        )
+        self._moments = _MOMENTS[optimizer.kind]
+        self._optimizer = _optimizer(model, optimizer, looks_itself=self._stage == 0)
+        self._layout = torch.channels_last if engine.channels_last else torch.preserve_format
+        if engine.compile:
+            _compile(model)
         self.is_bf16 = uses_bf16(engine, device)
-        self._engine = _initialize(model, sgd, self.is_bf16, self._stage, micro_batch, device)
+        self._engine = _initialize(
+            model, self._optimizer, optimizer.clip_norm, self.is_bf16, self._stage, micro_batch, device
+        )
         self.model = model
         self._buffers = list(model.buffers())
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
-        self._create_momentum(momentum)
+        self._create_moments()
 
     def forward(self, images_BCHW: torch.Tensor) -> Features:
-        """Embeddings float32 [B, D], attached to the graph, and branch norms [B, K]."""
-        features: Features = self._engine(images_BCHW)
-        return Features(features.emb_BD.float(), features.norm_BK)
+        """Embeddings float32 [B, D], attached to the graph, branch norms [B, K], and a penalty or None."""
+        features: Features = self._engine(images_BCHW.to(memory_format=self._layout))
+        return features._replace(emb_BD=features.emb_BD.float())
 
-    def backward(self, emb_BD: torch.Tensor, grad_BD: torch.Tensor) -> None:
+    def backward(
+        self,
+        emb_BD: torch.Tensor,
+        grad_BD: torch.Tensor,
+        penalty: torch.Tensor | None = None,
+        *,
+        share: float = 1.0,
+    ) -> None:
         """Continue from the gradient of the global mean loss with respect to this rank's embeddings.
 
+        penalty: a mean over this rank's images, to be part of the loss; share: that of this micro-batch in
+        the step, by which the penalty alone is multiplied.
+
         DeepSpeed averages the ranks' gradients, where the loss, a mean over all ranks' samples, needs their
-        sum: the number of ranks is put back here, and only here.
+        sum: the number of ranks is put back here, and only here. Of penalties it is the average that is due.
         """
         # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BD is the factor itself.
-        self._engine.backward((emb_BD * (grad_BD * self._world_size)).sum())
+        loss = (emb_BD * (grad_BD * self._world_size)).sum()
+        self._engine.backward(loss if penalty is None else loss + share * penalty)
 
     def step(self, learning_rate: float) -> bool:
         """Update the weights from the gradients of all micro-batches since `train`; True if that was done.
@@ -132,27 +145,36 @@ class Engine:
     def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Embeddings float32 [B, D] for evaluation; at ZeRO stage 3 all ranks must call it equally often."""
         self._engine.eval()
-        emb_BD: torch.Tensor = self._engine(images_BCHW).emb_BD
+        emb_BD: torch.Tensor = self._engine(images_BCHW.to(memory_format=self._layout)).emb_BD
         return emb_BD.float()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The backbone's parts of a checkpoint, whole tensors on every rank: weights, momentum, buffers.
+        """The backbone's parts of a checkpoint, whole tensors on every rank: weights, moments, buffers; with
+        AdamW the number of updates too, which skipped steps are not.
 
         All ranks must call it together.
         """
-        weights = {name: self._weight(parameter) for name, parameter in self._names.items()}
-        momenta = {name: self._momentum(parameter) for name, parameter in self._names.items()}
-        return {
-            "backbone_weight": weights,
-            "backbone_momentum": momenta,
+        state = {
+            "backbone_weight": {name: self._weight(parameter) for name, parameter in self._names.items()},
             "backbone_buffer": dict(self.model.named_buffers()),
         }
+        for part, key in self._moments.items():
+            state[f"backbone_{part}"] = {
+                name: self._moment(parameter, key) for name, parameter in self._names.items()
+            }
+        if self._counts_updates:
+            state["backbone_updates"] = {"count": self._optimizer.state[self._moved[0]][_UPDATES].clone()}
+        return state
 
     def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
         """Go on from what `state` returned, or was loaded into it, between two steps; on all ranks."""
         for name, parameter in self._names.items():
             self._set_weight(parameter, state["backbone_weight"][name])
-            self._set_momentum(parameter, state["backbone_momentum"][name])
+            for part, key in self._moments.items():
+                self._set_moment(parameter, key, state[f"backbone_{part}"][name])
+        if self._counts_updates:
+            for moved in self._moved:
+                self._optimizer.state[moved][_UPDATES].copy_(state["backbone_updates"]["count"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["backbone_buffer"][name])
 
@@ -173,36 +195,40 @@ class Engine:
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach() if self._stage == 0 else safe_get_full_fp32_param(parameter)
 
-    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
+    def _moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         if self._stage == 0:
-            return self._engine.optimizer.state[parameter][_MOMENTUM]
-        return safe_get_full_optimizer_state(parameter, _MOMENTUM)
+            return self._optimizer.state[parameter][key]
+        return safe_get_full_optimizer_state(parameter, key)
 
-    def _create_momentum(self, momentum: dict[str, torch.Tensor] | None) -> None:
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        if self._stage == 0:
+            self._moment(parameter, key).copy_(value)
+        elif self._stage == 3:
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _create_moments(self) -> None:
         """Moments before the first step, which is when torch would make them.
 
         DeepSpeed (0.19) links parameters to their moments at the first step of the first parameter group,
         when those of the other groups do not exist yet: made here, they can be saved and loaded at any time.
         """
-        optimizer = self._engine.optimizer
-        sgd = optimizer if self._stage == 0 else optimizer.optimizer
-        flat: Iterable[torch.Tensor] = [p for group in sgd.param_groups for p in group["params"]]
+        zero = self._engine.optimizer
+        self._moved: list[torch.Tensor] = [
+            p for group in self._optimizer.param_groups for p in group["params"]
+        ]
         if self._stage == 3:
-            flat = optimizer.fp32_partitioned_groups_flat
-        for parameter in flat:
-            sgd.state[parameter][_MOMENTUM] = torch.zeros_like(parameter.detach())
+            self._moved = zero.fp32_partitioned_groups_flat
+        self._counts_updates = isinstance(self._optimizer, torch.optim.AdamW)
+        for moved in self._moved:
+            state = self._optimizer.state[moved]
+            if self._counts_updates:
+                state[_UPDATES] = torch.zeros(())
+            for key in self._moments.values():
+                state[key] = torch.zeros_like(moved.detach())
         if self._stage in (1, 2):
-            optimizer._lazy_init_hp_params_optimizer_state()
-        for name, value in (momentum or {}).items():
-            self._set_momentum(self._names[name], value.to(self.device))
-
-    def _set_momentum(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        if self._stage == 0:
-            self._momentum(parameter).copy_(value)
-        elif self._stage == 3:
-            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), _MOMENTUM)
-        else:
-            safe_set_full_optimizer_state(parameter, value, _MOMENTUM)
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _own_part(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         """This rank's part of a tensor at stage 3, with zeros at the end of the last.
@@ -215,8 +241,8 @@ class Engine:
         return padded[rank * part :][:part]
 
 
-class _FiniteSGD(torch.optim.SGD):
-    """SGD that does not move if a gradient is not finite; `overflow` is how DeepSpeed asks about it.
+class _Finite(torch.optim.Optimizer):
+    """Does not move if a gradient is not finite; `overflow` is how DeepSpeed asks about it.
 
     Only for gradients that are averaged over the ranks already: then all ranks see the same.
     """
@@ -230,24 +256,66 @@ class _FiniteSGD(torch.optim.SGD):
             super().step(closure)
 
 
+class _FiniteSGD(_Finite, torch.optim.SGD):
+    """torch's SGD, for stage 0."""
+
+
+class _FiniteAdamW(_Finite, torch.optim.AdamW):
+    """torch's AdamW, for stage 0."""
+
+
+def _optimizer(model: Backbone, config: OptimizerConfig, *, looks_itself: bool) -> torch.optim.Optimizer:
+    """torch's optimizer; DeepSpeed looks at the gradients where it owns them, from stage 1 on."""
+    groups, rate = parameter_groups(model, config.weight_decay), config.learning_rate
+    if config.kind == "adamw":
+        betas = (config.momentum, config.beta2)
+        return (_FiniteAdamW if looks_itself else torch.optim.AdamW)(groups, lr=rate, betas=betas)
+    return (_FiniteSGD if looks_itself else torch.optim.SGD)(groups, lr=rate, momentum=config.momentum)
+
+
 def _initialize(
-    model: Backbone, sgd: torch.optim.SGD, is_bf16: bool, stage: int, micro_batch: int, device: torch.device
+    model: Backbone,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float | None,
+    is_bf16: bool,
+    stage: int,
+    micro_batch: int,
+    device: torch.device,
 ) -> deepspeed.DeepSpeedEngine:
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "managed_gradient_accumulation": False,
         "zero_optimization": {"stage": stage},
-        # Off, as in the field's recipes; DeepSpeed's own default clips.
-        "gradient_clipping": 0.0,
+        # 0 is off; DeepSpeed's own default clips.
+        "gradient_clipping": clip_norm or 0.0,
         # torch's SGD is not on DeepSpeed's list; tests/trainer compares it with a plain step at each stage.
         "zero_allow_untested_optimizer": True,
         # No modules whose gradients would be sent in bfloat16: they are summed in float32, as they are kept.
         "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     engine, *_ = deepspeed.initialize(
-        model=model.to(device), optimizer=sgd, config=config, dist_init_required=False
+        model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
     return engine
+
+
+def _compile(model: Backbone) -> None:
+    """Compile in place, so that modules and parameters keep their names, at the first images.
+
+    Raises ValueError if there is no C++ compiler, which torch would notice in the middle of a step.
+    """
+    # Only who compiles waits for these to be imported.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "engine.compile needs a C++ compiler, found none: install g++, name another in the environment "
+            "variable CXX, or set engine.compile = false"
+        ) from error
+    model.compile()
 
 
 def uses_bf16(config: EngineConfig, device: torch.device) -> bool:

@@ -28,6 +28,7 @@ from data_pipeline.remote_loader import RemoteLoader
 from data_pipeline.source import Place, Source, open_source
 from partial_fc.head import PartialFC
 from trainer import backbones, checkpoint, checkpoint_files
+from trainer.backbones import weights
 from trainer.config import RunConfig, differences, micro_batch
 from trainer.distributed import Ranks
 from trainer.engine import Engine
@@ -101,16 +102,11 @@ def _open_model(
         group=ranks.group,
         device=ranks.device,
     )
-    network = checkpoint.backbone_state(model)
-    momentum = {name: torch.zeros_like(tensor) for name, tensor in network["backbone_weight"].items()}
-    first_step, cursor = 0, None
     latest = _agreed_checkpoint(config, ranks)
     if latest is not None:
-        header = checkpoint_files.read_manifest(latest).header
-        _refuse_changes(config, source, header)
-        state = {**network, "backbone_momentum": momentum, "head": head.logical_state()}
-        checkpoint.load(latest, state, group=ranks.group)
-        first_step, cursor = header.step, header.cursor
+        _refuse_changes(config, source, checkpoint_files.read_manifest(latest).header)
+    elif config.backbone.weights is not None:
+        _load_weights(model, config.backbone.weights, ranks)
     engine = Engine(
         model,
         config.engine,
@@ -118,9 +114,36 @@ def _open_model(
         micro_batch=micro,
         group=ranks.group,
         device=ranks.device,
-        momentum=momentum,
     )
-    return first_step, cursor, engine, head
+    if latest is None:
+        return 0, None, engine, head
+    header = _restore(latest, engine, head, ranks)
+    return header.step, header.cursor, engine, head
+
+
+def _state(engine: Engine, head: PartialFC) -> checkpoint.State:
+    """All that is to be saved; all ranks call it together."""
+    return {**engine.state(), "head": head.logical_state()}
+
+
+def _restore(latest: Path, engine: Engine, head: PartialFC, ranks: Ranks) -> checkpoint_files.Header:
+    """Bring network and head to where a checkpoint has them."""
+    state = _state(engine, head)
+    checkpoint.load(latest, state, group=ranks.group)
+    engine.load_state(state)
+    return checkpoint_files.read_manifest(latest).header
+
+
+def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
+    """Begin with the weights in `file`. Raises ValueError if it does not fit or ranks see different ones."""
+    sums = [0] * ranks.world_size
+    dist.all_gather_object(sums, weights.load(model, file), group=ranks.group)
+    if len(set(sums)) > 1:
+        other = next(rank for rank, crc32 in enumerate(sums) if crc32 != sums[0])
+        raise ValueError(
+            f"backbone.weights = {file}: expected the same file on all ranks, found that those of ranks 0 "
+            f"and {other} differ; copy one to all nodes, or share it"
+        )
 
 
 def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
@@ -200,7 +223,7 @@ class _Training:
             if stopped_by:
                 self._say_leaving(stopped_by, f"nothing has changed since step {first_step}")
         if not stopped_by:
-            self.saver.prepare(self._state())
+            self.saver.prepare(_state(self.engine, self.head))
         while done < self.steps and not stopped_by:
             done, stopped_by = self._steps_from(done)
         self.saver.close()
@@ -287,10 +310,7 @@ class _Training:
                 _diagnosis(failed_step, self.skips_in_a_row, self.rollbacks, loss, rate, self.config)
             )
         self.failed_at = failed_step
-        state = self._state()
-        checkpoint.load(latest, state, group=self.ranks.group)
-        self.engine.load_state(state)
-        header = checkpoint_files.read_manifest(latest).header
+        header = _restore(latest, self.engine, self.head, self.ranks)
         step, self.cursor = header.step, header.cursor
         self.rollbacks += 1
         self.metrics.rollbacks.inc()
@@ -406,11 +426,9 @@ class _Training:
             checkpoint.versions(),
             self._cursor(),
         )
-        self.saver.save(self._state, header, is_last=and_wait or step == self.steps)
-
-    def _state(self) -> checkpoint.State:
-        """All that is to be saved; all ranks call it together."""
-        return {**self.engine.state(), "head": self.head.logical_state()}
+        self.saver.save(
+            lambda: _state(self.engine, self.head), header, is_last=and_wait or step == self.steps
+        )
 
     def _cursor(self) -> list[list[int]] | None:
         """Where all ranks stand in a stream; None where the step says it."""

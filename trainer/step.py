@@ -71,7 +71,8 @@ def train_step(
             # Ranks and micro-batches are gathered in the order of the run's samples.
             sample = (step * accumulation + number) * len(gathered.label_G) + error.row
             raise ValueError(f"sample {sample}, in step {step}, {error.problem}") from error
-        engine.backward(features.emb_BD, collectives.scatter(grad_GD, group))
+        grad_BD = collectives.scatter(grad_GD, group)
+        engine.backward(features.emb_BD, grad_BD, features.penalty, share=1 / accumulation)
         loss += micro_loss / accumulation
         norms.append(gathered.norm_GK)
     norm_GK1 = torch.cat(norms)

@@ -18,7 +18,7 @@ def load(*overrides):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_are_valid(path):
     config = settings.load(RunConfig, path)
-    assert config.backbone.name == "lgaf"
+    assert config.backbone.name == ("vit" if path.stem.startswith("vit") else "lgaf")
     assert config.total_steps(images=1_000_000) > 0
 
 
@@ -33,6 +33,19 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one():
 def test_the_length_is_said_once(override, found):
     with pytest.raises(ValueError, match=found):
         load(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("engine.compile=true", "engine.zero_stage=3"), r"engine\.compile and engine\.zero_stage = 3: .*"),
+        (("engine.compile=true", "backbone.recompute=true"), r"engine\.compile and backbone\.recompute: .*"),
+        (("engine.channels_last=true", "backbone.width=8"), r"width = 8: expected a width of at least 16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(*overrides)
 
 
 def test_epochs_become_whole_steps():

@@ -14,6 +14,7 @@ from trainer.engine import Engine
 from trainer.step import seed_dropout, train_step
 
 GLOBAL_BATCH, CLASSES, STEPS = 12, 7, 3
+STAGES_AND_KINDS = [(stage, kind) for stage in (0, 1, 2, 3) for kind in ("sgd", "adamw")]
 
 
 class WithNorms(TinyBackbone):
@@ -22,9 +23,10 @@ class WithNorms(TinyBackbone):
     branches = 2
 
     def forward(self, images_BCHW):
-        emb_BD, _ = super().forward(images_BCHW)
+        features = super().forward(images_BCHW)
+        emb_BD = features.emb_BD.detach()
         halves = torch.stack([emb_BD[:, :2].norm(dim=1), emb_BD[:, 2:].norm(dim=1)], dim=1)
-        return type(super().forward(images_BCHW))(emb_BD, halves.detach())
+        return features._replace(norm_BK=halves)
 
     def update_statistics(self, norm_GK):
         self.counted.copy_(norm_GK.mean(0))
@@ -193,15 +195,16 @@ def one_step(engine, head, rank, step, fault=None):
 
 
 def with_and_without_faults(rank):
-    """For each ZeRO stage: outcomes of faulty steps between two good ones; states after, and without them."""
+    """For each ZeRO stage and optimizer: outcomes of faulty steps between two good ones; states after, and
+    without them."""
     found = {}
-    for stage in (0, 1, 2, 3):
+    for stage, kind in STAGES_AND_KINDS:
         states, outcomes = [], []
         for faults in (("images", "rows", "gradient"), ()):
             engine = Engine(
                 WithBatchNorm(),
                 EngineConfig(precision="fp32", zero_stage=stage),
-                OptimizerConfig(weight_decay=0.05),
+                OptimizerConfig(kind=kind, weight_decay=0.05, clip_norm=1.0),
                 micro_batch=3,
                 group=dist.group.WORLD,
                 device=torch.device("cpu"),
@@ -229,7 +232,7 @@ def with_and_without_faults(rank):
                 for name, t in named.items()
             }
             states.append({**state, **rows, "loss": last.loss})
-        found[stage] = outcomes, *states
+        found[stage, kind] = outcomes, *states
     return found
 
 
@@ -238,9 +241,9 @@ def faulty():
     return run_ranks(with_and_without_faults, 2)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_all_ranks_skip_what_is_not_finite_on_one_and_nothing_moves(faulty, stage):
-    for outcomes, after_faults, without_faults in (ranks[stage] for ranks in faulty):
+@pytest.mark.parametrize(("stage", "kind"), STAGES_AND_KINDS)
+def test_all_ranks_skip_what_is_not_finite_on_one_and_nothing_moves(faulty, stage, kind):
+    for outcomes, after_faults, without_faults in (ranks[stage, kind] for ranks in faulty):
         assert [is_skipped for _, is_skipped, _ in outcomes] == [True, True, True]
         assert [loss.isfinite().item() for loss, *_ in outcomes] == [False, False, True]
         assert after_faults.keys() == without_faults.keys()

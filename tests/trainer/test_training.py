@@ -285,7 +285,7 @@ def test_eval_repeats_the_accuracy_of_the_run(straight, faces):
     assert json.loads(both.stdout)["held_out"] == pytest.approx(json.loads(done.stdout)["held_out"])
 
 
-def test_the_network_can_be_taken_out(straight, tmp_path):
+def test_the_network_can_be_taken_out_and_begun_with(straight, faces, tmp_path):
     out = tmp_path / "network.pt"
     done = run("checkpoint", "extract", straight, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -297,6 +297,17 @@ def test_the_network_can_be_taken_out(straight, tmp_path):
     model = extraction.load_backbone(out)
     for name, tensor in saved["backbone_weight"].items():
         assert torch.equal(model.state_dict()[name], tensor), name
+    begun = run(
+        *train_words(tmp_path / "run", faces, *OPTIONS, "steps=1", f"backbone.weights={out}"), ranks=2
+    )
+    assert begun.returncode == 0, begun.stderr
+    before, after = (
+        json.loads((run_dir / "result.json").read_text()) for run_dir in (straight, tmp_path / "run")
+    )
+    assert after["verification_accuracy_untrained"] == before["verification_accuracy"]
+    out.unlink()
+    again = run(*train_words(tmp_path / "run", faces, *OPTIONS, "steps=1", f"backbone.weights={out}"))
+    assert again.returncode == 0, again.stderr
 
 
 def test_two_faces_are_judged_as_the_run_judged_its_pairs(straight, faces, tmp_path):
@@ -417,6 +428,7 @@ def copy_with_broken_images(faces, folder, count):
         ("data.path=/nowhere", "no dataset at /nowhere: expected /nowhere/train.rec"),
         ("global_batch=33", "a global_batch of 33 does not divide by 2 ranks"),
         ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat; did you mean"),
+        ("backbone.weights=absent.pt", "backbone.weights = absent.pt: expected a state dict"),
         ('evaluation.sets=["absent.bin"]', "absent.bin: expected a verification file, found none"),
     ],
 )
@@ -424,7 +436,7 @@ def test_bad_input_is_said_once_by_two_ranks(faces, tmp_path, override, message)
     done = run(*train_words(tmp_path / "run", faces, *OPTIONS, override), ranks=2, timeout_s=120)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_steps_that_are_not_finite_are_skipped_recorded_and_after_some_diagnosed_once(faces, tmp_path):

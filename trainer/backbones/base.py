@@ -19,11 +19,13 @@ class Features(NamedTuple):
     """What a network says of B images, in float32.
 
     `emb_BD`: the embedding; its direction says who, its length how good the image is. `norm_BK`: the feature
-    norm of each branch, detached; no columns (K = 0) where a network has no branches.
+    norm of each branch, detached; no columns (K = 0) where a network has no branches. `penalty`: what
+    training adds to the loss, a mean over the images, scalar and attached; None where there is nothing.
     """
 
     emb_BD: Tensor
     norm_BK: Tensor
+    penalty: Tensor | None = None
 
 
 class Backbone(nn.Module):
@@ -31,10 +33,17 @@ class Backbone(nn.Module):
 
     embedding_size: int
     branches: int
+    undecayed: frozenset[str] = frozenset()
+    """Names of parameters without weight decay, besides those of one dimension, which have none anyway."""
 
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
         raise NotImplementedError
+
+    @property
+    def global_branch(self) -> Backbone:
+        """The part that alone is a network of the field: its published weights load there."""
+        return self
 
     def update_statistics(self, norm_GK: Tensor) -> None:
         """Accumulate the norms of one global batch; nothing for a network without branches."""
@@ -51,13 +60,15 @@ def check_size(images_BCHW: Tensor, image_size: int) -> None:
         )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for torch.optim: matrices and kernels with decay; biases, norms' weights and PReLU without.
+def parameter_groups(model: Backbone, weight_decay: float) -> list[dict]:
+    """Two groups for torch.optim: matrices and kernels with decay; biases, norms' weights, PReLU and what the
+    network excepts by name without.
 
     Frozen parameters are in neither.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = {name for name, p in trained.items() if p.ndim > 1} - model.undecayed
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]

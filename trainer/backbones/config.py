@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Depth = Literal[18, 34, 50, 100, 200]
 
@@ -39,6 +40,27 @@ class MHMSConfig(BaseModel):
         description="side of the grid into which a head's map is averaged, cells; at most the map's",
     )
 
+    divergence: float = Field(
+        0.0,
+        ge=0,
+        description="weight in the loss of the mean cosine between two heads' spatial attention; 0: none",
+    )
+    head_drop: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="chance that a head is left out of a training step for an image; the rest is scaled up",
+    )
+
+    @model_validator(mode="after")
+    def _has_heads_to_compare(self) -> MHMSConfig:
+        if self.divergence and len(self.heads) < 2:
+            raise ValueError(
+                f"divergence = {self.divergence:g} compares heads with each other: expected at least two, "
+                "found one; set divergence to 0, or add heads"
+            )
+        return self
+
     @field_validator("heads")
     @classmethod
     def _check_heads(cls, heads: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
@@ -69,12 +91,46 @@ class LGFConfig(BaseModel):
     )
 
 
+# Width and depth of arcface_torch's vit_t to vit_l (backbones/__init__.py); all have 8 heads.
+_VIT_SHAPES = {"T": (256, 12), "S": (512, 12), "B": (512, 24), "L": (768, 24)}
+
+
+class ViTConfig(BaseModel):
+    """The vision transformer; used by name = "vit"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: Literal["T", "S", "B", "L"] = Field(
+        "B", description="width and number of blocks: T 256 and 12, S 512 and 12, B 512 and 24, L 768 and 24"
+    )
+    patch: int = Field(9, ge=1, description="side of the patch of image that becomes a token, pixels")
+    drop_path: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="chance that the last block's attention, or its MLP, is left out for an image in "
+        "training; it rises linearly from 0 at the first",
+    )
+    mask_ratio: float = Field(
+        0.1, ge=0, lt=1, description="share of the tokens that are hidden from the blocks in training"
+    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Width and number of blocks."""
+        return _VIT_SHAPES[self.size]
+
+
 class BackboneConfig(BaseModel):
     """The network that turns an image into an embedding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["lgaf", "iresnet"] = Field("lgaf", description="network: lgaf, or its trunk alone, iresnet")
+    name: Literal["lgaf", "iresnet", "vit"] = Field(
+        "lgaf",
+        description="network: lgaf; its trunk alone, iresnet; or vit, of which only `vit`, "
+        "embedding_size, dropout, weights and recompute are read",
+    )
     depth: Depth = Field(100, description="layers of the trunk")
     blocks: tuple[int, int, int, int] | None = Field(
         None, description="residual blocks of the four stages; by default those of `depth`"
@@ -82,7 +138,24 @@ class BackboneConfig(BaseModel):
     width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4 and 8 times as many")
     stem_stride: Literal[1, 2] = Field(1, description="stride of the first convolution, pixels")
     embedding_size: int = Field(512, ge=1, description="length of the embedding")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of zeroed inputs of the last linear layers")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of zeroed inputs of the last linear layers; in vit of what enters and leaves the "
+        "blocks' layers",
+    )
+    weights: Path | None = Field(
+        None,
+        description="file of the weights that a new run begins with: a state dict by InsightFace's names, "
+        "for lgaf that of its global branch, or a file of `lgaf checkpoint extract`; by default random ones",
+    )
+    recompute: bool = Field(
+        False,
+        description="keep only what enters a block, and compute its insides again in the backward pass: much "
+        "less memory, about a third more work, the same results",
+    )
+    vit: ViTConfig = Field(ViTConfig(), description="the vision transformer")
     mhms: MHMSConfig = Field(MHMSConfig(), description="the local branch of lgaf")
     lgf: LGFConfig = Field(LGFConfig(), description="the fusion of lgaf's branches")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones.base import Backbone, Features, check_size
+from trainer.backbones.recompute import run
 
 STAGES = 4
 _CONV_STD = 0.1
@@ -36,8 +37,10 @@ class IResNet(Backbone):
         stem_stride: int = 1,
         embedding_size: int = 512,
         dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self._recompute = recompute
         self.image_size, self.embedding_size = image_size, embedding_size
         self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -63,10 +66,12 @@ class IResNet(Backbone):
     def maps(self, images_BCHW: Tensor) -> list[Tensor]:
         """The outputs of the four stages."""
         check_size(images_BCHW, self.image_size)
-        maps = [self.prelu(self.bn1(self.conv1(images_BCHW)))]
+        map_BCHW, maps = self.prelu(self.bn1(self.conv1(images_BCHW))), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps.append(stage(maps[-1]))
-        return maps[1:]
+            for block in stage:
+                map_BCHW = run(block, map_BCHW, recompute=self._recompute)
+            maps.append(map_BCHW)
+        return maps
 
     def embed(self, map_BCHW: Tensor) -> Tensor:
         """The embedding [B, D] of the last stage's map, in float32."""

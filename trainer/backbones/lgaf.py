@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from trainer.backbones.base import Backbone, Features
 from trainer.backbones.config import LGFConfig, MHMSConfig
 from trainer.backbones.iresnet import IResNet, feature_norm, initialise, project
+from trainer.backbones.recompute import run
 
 GLOBAL, LOCAL = 0, 1
 _EPS = 1e-3
@@ -42,25 +43,44 @@ class LGAF(Backbone):
 
     branches = 2
 
-    def __init__(self, trunk: IResNet, mhms: MHMSConfig, lgf: LGFConfig, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        trunk: IResNet,
+        mhms: MHMSConfig,
+        lgf: LGFConfig,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.embedding_size = trunk.embedding_size
         self.trunk = trunk
         self._stage = mhms.stage - 1
         inputs, side = trunk.channels[self._stage], trunk.sides[self._stage]
-        self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout)
+        self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout, recompute)
+        self._divergence = mhms.divergence
         self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
 
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
-        fusion = self.fuse(images_BCHW)
-        return Features(fusion.emb_BD, fusion.norm_BK)
+        fusion, attention_BHN = self._fuse(images_BCHW)
+        penalty = None
+        if self.training and self._divergence:
+            penalty = self._divergence * similarity(attention_BHN)
+        return Features(fusion.emb_BD, fusion.norm_BK, penalty)
 
     def fuse(self, images_BCHW: Tensor) -> Fusion:
         """The same with both qualities and attention weights."""
+        return self._fuse(images_BCHW)[0]
+
+    def _fuse(self, images_BCHW: Tensor) -> tuple[Fusion, Tensor]:
         maps = self.trunk.maps(images_BCHW)
-        branches = [self.trunk.embed(maps[-1]), self.mhms(maps[self._stage])]
-        return self.lgf(torch.stack(branches, dim=1))
+        local_BD, attention_BHN = self.mhms(maps[self._stage])
+        return self.lgf(torch.stack([self.trunk.embed(maps[-1]), local_BD], dim=1)), attention_BHN
+
+    @property
+    def global_branch(self) -> IResNet:
+        """The trunk, whose own embedding is the global feature."""
+        return self.trunk
 
     def update_statistics(self, norm_GK: Tensor) -> None:
         """Accumulate the norms of one global batch into LGF's running statistics."""
@@ -102,35 +122,81 @@ class LGF(nn.Module):
 
 
 def batch_statistics(norm_GK: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [K] of each branch's norms; float32, summed in float64: order is no matter."""
-    std_K, mean_K = torch.std_mean(norm_GK.double(), dim=0, correction=0)
-    return mean_K.float(), std_K.float()
+    """Mean and deviation [K] of each branch's norms, float32.
+
+    Sums of float32 numbers are exact in float64, so that the order of the batch is no matter; the running
+    mean of torch.std_mean is not.
+    """
+    norm_GK = norm_GK.double()
+    mean_K = norm_GK.mean(0)
+    return mean_K.float(), (norm_GK - mean_K).square().mean(0).sqrt().float()
+
+
+def similarity(attention_BHN: Tensor) -> Tensor:
+    """How much the heads look at the same cells: the mean cosine of two heads' attention, from 0 to 1.
+
+    Wang et al. ask diverse attention of face networks (Hierarchical Pyramid Diverse Attention Networks, CVPR
+    2020); the mean over pairs of heads is Li et al.'s (Multi-Head Attention with Disagreement Regularization,
+    arXiv 1810.10183). Of cosines, as sigmoid attention has no fixed sum: a product would fall when all heads
+    look at everything less. Scalar, attached, in float32.
+    """
+    unit_BHN = F.normalize(attention_BHN.float(), dim=2)
+    heads = unit_BHN.shape[1]
+    with torch.autocast(unit_BHN.device.type, enabled=False):
+        sum_B = unit_BHN.sum(1).square().sum(1)  # over all pairs, those of a head with itself included
+    return ((sum_B - heads) / (heads * (heads - 1))).mean()
 
 
 class MHMS(nn.Module):
-    """Multi-head multi-scale local feature extraction: a map [B, C, H, W] to the local feature [B, D]."""
+    """Multi-head multi-scale local feature extraction: a map [B, C, H, W] to the local feature [B, D], and
+    where each head looks [B, heads, H * W]."""
 
-    def __init__(self, inputs: int, side: int, size: int, config: MHMSConfig, dropout: float) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        side: int,
+        size: int,
+        config: MHMSConfig,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self._recompute = recompute
         channels, grid = max(1, inputs // config.head_reduction), min(config.grid, side)
         self.heads = nn.ModuleList(
-            nn.Sequential(
-                MSNet(inputs, channels, kernels),
-                LANet(channels, config.attention_reduction),
-                SE(channels, config.attention_reduction),
-                nn.AdaptiveAvgPool2d(grid),
-            )
-            for kernels in config.heads
+            Head(inputs, channels, kernels, config.attention_reduction, grid) for kernels in config.heads
         )
+        self.head_drop = nn.Dropout1d(config.head_drop)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(len(config.heads) * channels * grid**2, size)
         self.features = feature_norm(size)
         initialise(self)
 
-    def forward(self, map_BCHW: Tensor) -> Tensor:
-        """The local feature, in float32."""
-        pooled_BN = torch.cat([head(map_BCHW).flatten(1) for head in self.heads], dim=1)
-        return project(self.dropout(pooled_BN), self.fc, self.features)
+    def forward(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The local feature, in float32, and the heads' attention."""
+        cells, attentions = zip(
+            *(run(head, map_BCHW, recompute=self._recompute) for head in self.heads), strict=True
+        )
+        cells_BHN = self.head_drop(torch.stack(cells, dim=1))
+        local_BD = project(self.dropout(cells_BHN.flatten(1)), self.fc, self.features)
+        return local_BD, torch.stack(attentions, dim=1)
+
+
+class Head(nn.Module):
+    """MSNet, LANet, SE, and the mean over each cell of a grid."""
+
+    def __init__(self, inputs: int, channels: int, kernels: Sequence[int], reduction: int, grid: int) -> None:
+        super().__init__()
+        self.msnet = MSNet(inputs, channels, kernels)
+        self.lanet = LANet(channels, reduction)
+        self.se = SE(channels, reduction)
+        self.pool = nn.AdaptiveAvgPool2d(grid)
+
+    def forward(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid's cells [B, channels * grid^2] and the spatial attention [B, H * W]."""
+        map_BCHW = self.msnet(map_BCHW)
+        attention_B1HW = self.lanet(map_BCHW)
+        return self.pool(self.se(map_BCHW * attention_B1HW)).flatten(1), attention_B1HW.flatten(1)
 
 
 class MSNet(nn.Module):
@@ -152,7 +218,7 @@ def _conv_bn_prelu(inputs: int, channels: int, kernel: int) -> nn.Sequential:
 
 
 class LANet(nn.Module):
-    """Spatial attention: every cell is scaled by one number in (0, 1) that its own channels decide."""
+    """Spatial attention: every cell is to be scaled by one number in (0, 1) that its own channels decide."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -161,8 +227,8 @@ class LANet(nn.Module):
         self.excite = nn.Conv2d(inner, 1, 1)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """The attended map."""
-        return map_BCHW * torch.sigmoid(self.excite(F.relu(self.squeeze(map_BCHW))))
+        """The attention [B, 1, H, W], to be multiplied with the map."""
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(map_BCHW))))
 
 
 class SE(nn.Module):

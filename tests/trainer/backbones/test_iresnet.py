@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from trainer.backbones import BackboneConfig, build
 
-BLOCKS_R50 = (3, 4, 14, 3)
+# arcface_torch's iresnet18 to iresnet200.
+PUBLISHED_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    200: (6, 26, 60, 6),
+}
 
 
 def published(blocks, width=64, side=7, embedding=512) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -69,15 +76,22 @@ def reference(state: dict[str, Tensor], blocks, x: Tensor) -> Tensor:
     return norm("features", x)
 
 
-def test_r50_has_the_published_names_and_shapes():
-    state = build(BackboneConfig(name="iresnet", depth=50), 112).state_dict()
-    assert [(name, tuple(tensor.shape)) for name, tensor in state.items()] == list(published(BLOCKS_R50))
+@pytest.mark.parametrize("depth", PUBLISHED_BLOCKS)
+def test_names_and_shapes_are_the_published_ones(depth):
+    expected = list(published(PUBLISHED_BLOCKS[depth]))
+    with torch.device("meta"):
+        net = build(BackboneConfig(name="iresnet", depth=depth), 112)
+        net.load_state_dict({name: torch.empty(shape) for name, shape in expected})
+    assert [(name, tuple(tensor.shape)) for name, tensor in net.state_dict().items()] == expected
+    # A block: two kernels, a slope, three norms of five tensors each. A stage: the kernel and norm of its
+    # projection. Around them: a kernel, a slope, fc's two, three norms.
+    blocks = {18: 8, 34: 16, 50: 24, 100: 49, 200: 98}[depth]
+    assert len(expected) == 18 * blocks + 4 * 6 + 19
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 100, 200])
-def test_depth_counts_the_layers(depth):
-    convolutions_and_fc = 2 * sum(BackboneConfig(depth=depth).stage_blocks) + 2
-    assert abs(convolutions_and_fc - depth) <= 2  # "100" has 3 + 13 + 30 + 3 blocks in InsightFace
+def test_norms_average_as_the_published_ones():
+    norms = [m for m in build(BackboneConfig(blocks=(1, 1, 1, 1)), 32).modules() if hasattr(m, "momentum")]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
 
 
 def test_a_published_state_dict_loads_and_is_computed_as_its_names_say():
@@ -91,7 +105,8 @@ def test_a_published_state_dict_loads_and_is_computed_as_its_names_say():
     net = build(BackboneConfig(name="iresnet", blocks=blocks, width=4, embedding_size=8), 32).eval()
     net.load_state_dict(state)
     images_BCHW = torch.randn(3, 3, 32, 32, generator=generator)
-    emb_BD, norm_BK = net(images_BCHW)
+    emb_BD, norm_BK, penalty = net(images_BCHW)
+    assert penalty is None
     torch.testing.assert_close(emb_BD, reference(state, blocks, images_BCHW))
     assert norm_BK.shape == (3, 0)
     net.update_statistics(norm_BK)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.backbones import BackboneConfig, build, parameter_groups
 from trainer.backbones.config import LGFConfig, MHMSConfig
-from trainer.backbones.lgaf import GLOBAL, LGF, LOCAL, SE, LANet, MSNet, batch_statistics
+from trainer.backbones.lgaf import GLOBAL, LGF, LOCAL, MHMS, SE, LANet, MSNet, batch_statistics, similarity
 
 
 def set_weights(module: nn.Module, **values: object) -> None:
@@ -29,7 +29,7 @@ def test_lanet_scales_each_cell_by_what_its_channels_say():
     map_BCHW = torch.tensor([[[[1.0, 0.0]], [[0.5, 3.0]]]])
     # cell 0: relu(1 - 0.5 + 0.5) = 1, sigmoid(2 - 1); cell 1: relu(0 - 3 + 0.5) = 0, sigmoid(-1)
     attention = torch.tensor([0.7310586, 0.2689414])
-    torch.testing.assert_close(lanet(map_BCHW), map_BCHW * attention)
+    torch.testing.assert_close(lanet(map_BCHW), attention.reshape(1, 1, 1, 2))
 
 
 def test_se_scales_each_channel_by_what_all_means_say():
@@ -52,6 +52,67 @@ def test_msnet_sees_as_far_as_its_largest_kernel_and_keeps_the_size():
     expected_HW[2:7, 2:7] = True
     assert seen_HW.equal(expected_HW)
     assert [scale[0].kernel_size for scale in msnet.scales] == [(1, 1), (5, 5)]
+
+
+def test_similarity_by_hand():
+    # Image 0: cosines 1, 0 and 0 of three heads; image 1: all alike, whatever the size of the attention.
+    attention_BHN = torch.tensor(
+        [[[0.2, 0.0], [0.9, 0.0], [0.0, 0.5]], [[0.1, 0.1], [0.8, 0.8], [0.5, 0.5]]], requires_grad=True
+    )
+    found = similarity(attention_BHN)
+    torch.testing.assert_close(found, torch.tensor((1 / 3 + 1) / 2))
+    found.backward()
+    # It does not fall when a head looks at everything less.
+    along_BH = (attention_BHN.grad * attention_BHN.detach()).sum(2)
+    torch.testing.assert_close(along_BH, torch.zeros(2, 3), atol=1e-6, rtol=0)
+
+
+def with_mhms(config, **changed):
+    torch.manual_seed(0)
+    return build(config.model_copy(update={"mhms": config.mhms.model_copy(update=changed)}), 32)
+
+
+def test_divergence_is_a_term_of_the_loss_in_training_alone(config, lgaf, images):
+    net = with_mhms(config, divergence=0.5)
+    penalty = net.train()(images).penalty
+    attention_BHN = net.mhms(net.trunk.maps(images)[2])[1]
+    torch.testing.assert_close(penalty, 0.5 * similarity(attention_BHN))
+    assert net.eval()(images).penalty is None
+    assert lgaf.train()(images).penalty is None
+    for head in net.mhms.heads:
+        nn.init.normal_(head.lanet.excite.weight)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1)
+    net.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        net(images).penalty.backward()
+        optimizer.step()
+    assert net(images).penalty < 0.9 * penalty
+
+
+def test_one_head_cannot_diverge():
+    with pytest.raises(ValidationError, match=r"divergence = 0\.1 .* expected at least two, found one"):
+        MHMSConfig(heads=((1, 3),), divergence=0.1)
+
+
+def test_dropped_heads_leave_the_others_scaled_and_the_expectation(config):
+    mhms = MHMS(8, 4, 16, MHMSConfig(heads=((1,), (3,), (5,), (7,)), head_drop=0.25, grid=2))
+    map_BCHW = torch.randn(1, 8, 4, 4).expand(4000, 8, 4, 4)
+    mhms.fc = nn.Identity()
+    mhms.fc.weight = torch.zeros(1)
+    mhms.features = nn.Identity()
+    for head in mhms.heads:
+        head.eval()
+    torch.manual_seed(1)
+    dropped_BHN = mhms(map_BCHW)[0].unflatten(1, (4, -1))
+    whole_HN = mhms.eval()(map_BCHW[:1])[0].unflatten(1, (4, -1))[0]
+    factor_BH = (dropped_BHN * whole_HN).sum(2) / whole_HN.square().sum(1)
+    torch.testing.assert_close(dropped_BHN, factor_BH[:, :, None] * whole_HN)
+    assert torch.isclose(factor_BH, torch.tensor(4 / 3)).logical_or(factor_BH == 0).all()
+    torch.testing.assert_close(factor_BH.mean(0), torch.ones(4), atol=0.05, rtol=0)
+    mhms.head_drop.train()
+    torch.manual_seed(1)
+    assert mhms(map_BCHW)[0].unflatten(1, (4, -1)).equal(dropped_BHN)
 
 
 def test_lgf_by_hand():
@@ -122,7 +183,7 @@ def test_loss_reaches_both_branches_but_not_through_their_norms(lgaf, images):
     assert (feature_BKD.grad.norm(dim=2) > 0.01).all()
     along_BK = (feature_BKD.grad * F.normalize(feature_BKD, dim=2)).sum(2)
     torch.testing.assert_close(along_BK, torch.zeros(3, 2), atol=1e-5, rtol=0)
-    emb_BD, norm_BK = lgaf(images)
+    emb_BD, norm_BK, _ = lgaf(images)
     assert not norm_BK.requires_grad
     (emb_BD * torch.randn(6, 16)).sum().backward()
     for name, parameter in lgaf.named_parameters():
@@ -190,7 +251,7 @@ def test_the_local_branch_costs_little():
     with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, 3, 112, 112))
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    assert flops["LGAF.trunk.layer1"] > 0
+    assert flops["LGAF.trunk.layer1.0"] > 0
     assert 0.01 < flops["LGAF.mhms"] / (flops["LGAF"] - flops["LGAF.mhms"]) < 0.10
     # R100 is published as 12.1 G multiply-adds, each of them two operations.
     assert (flops["LGAF"] - flops["LGAF.mhms"]) / 2e9 == pytest.approx(12.1, abs=0.1)
@@ -200,3 +261,13 @@ def test_the_local_branch_costs_little():
 def test_kernels_without_a_centre_are_refused(heads):
     with pytest.raises(ValidationError, match=r"kernel sizes .* each odd and positive"):
         MHMSConfig(heads=heads)
+
+
+def test_heads_begin_as_the_trunk_does(lgaf):
+    weights = dict(lgaf.named_parameters())
+    assert weights["mhms.heads.0.msnet.scales.1.0.weight"].std().item() == pytest.approx(0.1, rel=0.1)
+    for name, parameter in lgaf.mhms.named_parameters():
+        if name.endswith(("squeeze.bias", "excite.bias")):
+            assert parameter.eq(0).all(), name
+    assert weights["mhms.features.weight"].eq(1).all()
+    assert not weights["mhms.features.weight"].requires_grad

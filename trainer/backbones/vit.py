@@ -1,0 +1,162 @@
+"""InsightFace's vision transformer for faces: every patch is a token, and the embedding reads all of them.
+
+    images -> patches -> + positions -> some hidden -> blocks -> norm -> hidden ones filled in -> feature
+
+`feature` is a linear layer over all tokens of the face, BN, a linear layer, BN. In training a share of the
+tokens is hidden from the blocks, and one learned token stands where they were.
+
+Parameters have InsightFace's names and shapes (recognition/arcface_torch/backbones/vit.py); so has the
+initialisation its values. Its convolution of the patches does not reach the last pixels of a side that the
+patch does not divide: with 112 and 9 four at the right and at the bottom.
+
+Shapes: as in `base`; N tokens of width E.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.backbones.base import Backbone, Features, check_size
+from trainer.backbones.config import ViTConfig
+from trainer.backbones.recompute import run
+
+HEADS, MLP_RATIO = 8, 4
+_STD = 0.02
+_FEATURE_EPS = 2e-5
+
+
+class ViT(Backbone):
+    """A vision transformer as large as `config.size` says."""
+
+    branches = 0
+    undecayed = frozenset({"pos_embed", "mask_token"})
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        image_size: int,
+        *,
+        embedding_size: int = 512,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.embedding_size = image_size, embedding_size
+        self._mask_ratio, self._recompute = config.mask_ratio, recompute
+        width, depth = config.shape
+        tokens = (image_size // config.patch) ** 2
+        if tokens == 0:
+            raise ValueError(
+                f"backbone.vit.patch is {config.patch} pixels, expected at most data.image_size, {image_size}"
+            )
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, config.patch, config.patch)})
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
+        self.pos_drop = nn.Dropout(dropout)
+        # The deeper, the more often a block is left out.
+        chances = torch.linspace(0, config.drop_path, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(width, dropout, chance) for chance in chances)
+        self.norm = nn.LayerNorm(width)
+        self.feature = nn.Sequential(
+            nn.Linear(width * tokens, width, bias=False),
+            nn.BatchNorm1d(width, eps=_FEATURE_EPS),
+            nn.Linear(width, embedding_size, bias=False),
+            nn.BatchNorm1d(embedding_size, eps=_FEATURE_EPS),
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        _initialise(self)
+
+    def forward(self, images_BCHW: Tensor) -> Features:
+        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        check_size(images_BCHW, self.image_size)
+        token_BNE = self.patch_embed["proj"](images_BCHW).flatten(2).transpose(1, 2)
+        token_BNE = self.pos_drop(token_BNE + self.pos_embed)
+        seen_BN = self._seen(token_BNE) if self.training and self._mask_ratio else None
+        if seen_BN is not None:
+            token_BNE = _at(token_BNE, seen_BN)
+        for block in self.blocks:
+            token_BNE = run(block, token_BNE, recompute=self._recompute)
+        token_BNE = self.norm(token_BNE.float())
+        if seen_BN is not None:
+            everywhere_BNE = self.mask_token.float().expand(len(token_BNE), self.pos_embed.shape[1], -1)
+            token_BNE = everywhere_BNE.scatter(1, seen_BN[:, :, None].expand_as(token_BNE), token_BNE)
+        # Norms are read from this, for which the 8 bits of bfloat16 are too few.
+        with torch.autocast(token_BNE.device.type, enabled=False):
+            emb_BD = self.feature(token_BNE.flatten(1))
+        return Features(emb_BD, emb_BD.new_empty(emb_BD.shape[0], 0))
+
+    def _seen(self, token_BNE: Tensor) -> Tensor:
+        """Which tokens the blocks are to see: equally many for each image, drawn anew."""
+        images, tokens = token_BNE.shape[:2]
+        order_BN = torch.rand(images, tokens, device=token_BNE.device).argsort(1)
+        return order_BN[:, : int(tokens * (1 - self._mask_ratio))]
+
+
+def _at(token_BNE: Tensor, index_BM: Tensor) -> Tensor:
+    return token_BNE.gather(1, index_BM[:, :, None].expand(-1, -1, token_BNE.shape[2]))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to its input unless it is left out, with chance `drop_path` per image."""
+
+    def __init__(self, width: int, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self._drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, dropout)
+
+    def forward(self, token_BNE: Tensor) -> Tensor:
+        """Tokens of the same shape."""
+        token_BNE = token_BNE + self._kept(self.attn(self.norm1(token_BNE)))
+        return token_BNE + self._kept(self.mlp(self.norm2(token_BNE)))
+
+    def _kept(self, change_BNE: Tensor) -> Tensor:
+        """Zero for some images, scaled up for the others."""
+        return change_BNE * F.dropout(
+            change_BNE.new_ones(change_BNE.shape[0], 1, 1), self._drop_path, self.training
+        )
+
+
+class Attention(nn.Module):
+    """Self-attention with 8 heads; queries, keys and values without bias."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, token_BNE: Tensor) -> Tensor:
+        """Tokens of the same shape."""
+        # [B, N, (3, heads, E / heads)] -> 3 x [B, heads, N, E / heads]
+        q, k, v = self.qkv(token_BNE).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        attended_BNE = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(attended_BNE))
+
+
+class MLP(nn.Module):
+    """Two linear layers with ReLU6 between them."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, token_BNE: Tensor) -> Tensor:
+        """Tokens of the same shape."""
+        return self.drop(self.fc2(self.drop(F.relu6(self.fc1(token_BNE)))))
+
+
+def _initialise(model: ViT) -> None:
+    """Linear layers, positions and the token of the hidden: normal with deviation 0.02; biases 0."""
+    nn.init.normal_(model.mask_token, std=_STD)
+    nn.init.trunc_normal_(model.pos_embed, std=_STD)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,79 @@
+"""Initial weights from a file: a published checkpoint of InsightFace, or one of `lgaf checkpoint extract`.
+
+    file -> state dict -> the network, or its global branch alone, whichever has these names -> loaded
+
+The names, shapes and constants are compared first: a file that does not fit is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer.backbones.base import Backbone
+
+_SHOWN = 5
+
+
+def load(model: Backbone, file: Path) -> int:
+    """Set the weights of `model`, or of its global branch, to those in `file`; returns a sum of its bytes.
+
+    The file is a state dict by the network's names (for iresnet and vit those of InsightFace's
+    arcface_torch), or what `lgaf checkpoint extract` writes.
+
+    Raises ValueError, naming the file and the first tensors that do not fit, if it is of another network.
+    """
+    state, crc32 = _read(file)
+    target = max((model, model.global_branch), key=lambda part: len(part.state_dict().keys() & state.keys()))
+    faults = _faults(target, state)
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(
+            f"backbone.weights = {file}: of another network than [backbone] describes: "
+            f"{'; '.join(faults[:_SHOWN])}{more}; use its configuration, or another file"
+        )
+    target.load_state_dict(state)
+    return crc32
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], int]:
+    try:
+        content = file.read_bytes()
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"backbone.weights = {file}: expected a state dict written by torch.save, found: "
+            f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state"), dict):
+        state = state["state"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"backbone.weights = {file}: expected a dictionary of tensors by name, or a file of `lgaf "
+            "checkpoint extract`, found something else; save the network's state_dict() alone"
+        )
+    return state, zlib.crc32(content)
+
+
+def _faults(target: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    own = target.state_dict()
+    faults = [f"{name} is missing" for name in own if name not in state]
+    faults += [f"{name} is unexpected" for name in state if name not in own]
+    faults += [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if faults:
+        return faults
+    # Constants of the architecture are not kept in a run's checkpoints: another value would be lost there.
+    return [
+        f"{name} is not the constant {constant.flatten()[0].item():g} that the network has there"
+        for name, constant in target.named_parameters()
+        if not constant.requires_grad and not torch.equal(state[name].to(constant), constant)
+    ]
