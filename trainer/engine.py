@@ -84,7 +84,7 @@ class Engine:
         self._create_moments()
 
     def forward(self, images_BCHW: torch.Tensor) -> Features:
-        """Embeddings float32 [B, D], attached to the graph, branch norms [B, K], and a penalty or None."""
+        """What the network says of this rank's images, attached to the graph; embeddings in float32."""
         features: Features = self._engine(images_BCHW.to(memory_format=self._layout))
         return features._replace(emb_BD=features.emb_BD.float())
 

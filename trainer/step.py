@@ -11,7 +11,7 @@ with the norms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,19 +61,20 @@ def train_step(
     norms = []
     for number, batch in enumerate(batches):
         features = engine.forward(batch.images_BCHW)
+        emb_BLD = features.judged()
         norm_BK1 = torch.nn.functional.pad(features.norm_BK, (0, 1), value=signal)
-        gathered = collectives.gather(features.emb_BD.detach(), batch.label_B, norm_BK1, group)
+        gathered = collectives.gather(emb_BLD.flatten(1), batch.label_B, norm_BK1, group)
+        emb_GLD = gathered.emb_GD.unflatten(1, emb_BLD.shape[1:])
+        shares = [share / accumulation for share in engine.model.loss_shares]
         try:
-            micro_loss, grad_GD = head.forward_backward(
-                gathered.emb_GD, gathered.label_G, share=1 / accumulation
-            )
+            micro_loss, grad_GN = _judge(head, emb_GLD, gathered.label_G, shares)
         except LabelError as error:
             # Ranks and micro-batches are gathered in the order of the run's samples.
             sample = (step * accumulation + number) * len(gathered.label_G) + error.row
             raise ValueError(f"sample {sample}, in step {step}, {error.problem}") from error
-        grad_BD = collectives.scatter(grad_GD, group)
-        engine.backward(features.emb_BD, grad_BD, features.penalty, share=1 / accumulation)
-        loss += micro_loss / accumulation
+        grad_BN = collectives.scatter(grad_GN, group)
+        engine.backward(emb_BLD.flatten(1), grad_BN, features.penalty, share=1 / accumulation)
+        loss += micro_loss
         norms.append(gathered.norm_GK)
     norm_GK1 = torch.cat(norms)
     is_done = engine.step(learning_rate)
@@ -85,6 +86,18 @@ def train_step(
     head.step(learning_rate)
     engine.model.update_statistics(norm_GK1[:, :-1])
     return Outcome(loss, False, agreed_signal)
+
+
+def _judge(
+    head: PartialFC, emb_GLD: torch.Tensor, label_G: torch.Tensor, shares: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of all L embeddings of each image, divided by `shares`, and its gradient [G, L * D]."""
+    losses, grads = [], []
+    for emb_GD, share in zip(emb_GLD.unbind(1), shares, strict=True):
+        loss, grad_GD = head.forward_backward(emb_GD, label_G, share=share)
+        losses.append(share * loss)
+        grads.append(grad_GD)
+    return torch.stack(losses).sum(), torch.cat(grads, dim=1)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -39,7 +39,8 @@ class TinyBackbone(Backbone):
 
     def forward(self, images_BCHW):
         emb_BD = self.layers(images_BCHW.flatten(1)) * self.frozen
-        return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0), 0.5 * emb_BD.square().sum(1).mean())
+        penalty = 0.5 * emb_BD.square().sum(1).mean()
+        return Features(emb_BD, emb_BD.new_empty(len(emb_BD), 0), penalty=penalty)
 
 
 def micro_batches(step):

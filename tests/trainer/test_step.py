@@ -18,18 +18,24 @@ STAGES_AND_KINDS = [(stage, kind) for stage in (0, 1, 2, 3) for kind in ("sgd", 
 
 
 class WithNorms(TinyBackbone):
-    """Two branches' norms, of which the statistics are the mean."""
+    """Two branches, each half of the embedding; the statistics are the mean of their norms."""
 
     branches = 2
+    loss_shares = (0.5, 0.2, 0.3)
 
     def forward(self, images_BCHW):
         features = super().forward(images_BCHW)
-        emb_BD = features.emb_BD.detach()
-        halves = torch.stack([emb_BD[:, :2].norm(dim=1), emb_BD[:, 2:].norm(dim=1)], dim=1)
-        return features._replace(norm_BK=halves)
+        is_first_D = torch.arange(features.emb_BD.shape[1]) < 2
+        branch_BKD = torch.stack([features.emb_BD * is_first_D, features.emb_BD * ~is_first_D], dim=1)
+        return features._replace(norm_BK=branch_BKD.detach().norm(dim=2), branch_BKD=branch_BKD)
 
     def update_statistics(self, norm_GK):
         self.counted.copy_(norm_GK.mean(0))
+
+
+def fresh_head(group):
+    config = HeadConfig(scale=8.0, weight_decay=0.05)
+    return PartialFC(config, num_classes=CLASSES, embedding_size=5, seed=2, group=group, device="cpu")
 
 
 def trained(rank, accumulation):
@@ -44,14 +50,7 @@ def trained(rank, accumulation):
         group=dist.group.WORLD,
         device=torch.device("cpu"),
     )
-    head = PartialFC(
-        HeadConfig(scale=8.0, weight_decay=0.05),
-        num_classes=CLASSES,
-        embedding_size=5,
-        seed=2,
-        group=dist.group.WORLD,
-        device="cpu",
-    )
+    head = fresh_head(dist.group.WORLD)
     losses = []
     for step in range(STEPS):
         outcome = train_step(
@@ -96,6 +95,18 @@ def test_the_same_step_on_any_number_of_ranks(one_rank, ranks, accumulation):
         assert found_losses == pytest.approx(losses, rel=1e-5)
         for name, tensor in tensors.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_divided_over_embedding_and_branches(one_rank):
+    images, label_G = global_batch(0)
+    features, head = WithNorms()(images), fresh_head(None)
+    head.begin_step(0, None)
+    parts = [
+        head.forward_backward(emb_GD.contiguous(), label_G)[0].item()
+        for emb_GD in (features.emb_BD, *features.branch_BKD.unbind(1))
+    ]
+    expected = 0.5 * parts[0] + 0.2 * parts[1] + 0.3 * parts[2]
+    assert one_rank[0][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_learns(one_rank):

@@ -32,4 +32,4 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
     )
     if config.name == "iresnet":
         return trunk
-    return LGAF(trunk, config.mhms, config.lgf, config.dropout, config.recompute)
+    return LGAF(trunk, config.mhms, config.lgf, config.dropout, config.recompute, config.local_only)

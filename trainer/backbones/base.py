@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,13 +20,20 @@ class Features(NamedTuple):
     """What a network says of B images, in float32.
 
     `emb_BD`: the embedding; its direction says who, its length how good the image is. `norm_BK`: the feature
-    norm of each branch, detached; no columns (K = 0) where a network has no branches. `penalty`: what
-    training adds to the loss, a mean over the images, scalar and attached; None where there is nothing.
+    norm of each branch, detached; no columns (K = 0) where a network has no branches. `branch_BKD`: what each
+    branch alone says, as long as the embedding; None where the branches have no share of the loss. `penalty`:
+    what training adds to the loss, a mean over the images, scalar and attached; None where there is nothing.
     """
 
     emb_BD: Tensor
     norm_BK: Tensor
+    branch_BKD: Tensor | None = None
     penalty: Tensor | None = None
+
+    def judged(self) -> Tensor:
+        """All that the loss looks at [B, 1 + K, D]: embedding, then branches; `loss_shares` weighs them."""
+        emb_B1D = self.emb_BD[:, None]
+        return emb_B1D if self.branch_BKD is None else torch.cat([emb_B1D, self.branch_BKD], dim=1)
 
 
 class Backbone(nn.Module):
@@ -35,6 +43,11 @@ class Backbone(nn.Module):
     branches: int
     undecayed: frozenset[str] = frozenset()
     """Names of parameters without weight decay, besides those of one dimension, which have none anyway."""
+
+    @property
+    def loss_shares(self) -> tuple[float, ...]:
+        """The parts of the loss, 1 in all, that fall to the embedding and to each branch."""
+        return (1.0,)
 
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""

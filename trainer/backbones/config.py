@@ -24,7 +24,7 @@ class MHMSConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stage: Literal[2, 3, 4] = Field(3, description="stage of the trunk whose output the heads read")
+    stage: Literal[2, 3, 4] = Field(2, description="stage of the trunk whose output the heads read")
     heads: tuple[tuple[int, ...], ...] = Field(
         ((1, 3), (3, 5), (5, 7)),
         min_length=1,
@@ -33,6 +33,11 @@ class MHMSConfig(BaseModel):
     head_reduction: int = Field(2, ge=1, description="the stage's channels divided by those of one head")
     attention_reduction: int = Field(
         16, ge=1, description="r: a head's channels divided by those inside its two attentions"
+    )
+    shared_attention: bool = Field(
+        True,
+        description="whether LANet's attention is divided by its mean over the map: what some cells lose the "
+        "others get",
     )
     grid: int = Field(
         7,
@@ -85,6 +90,15 @@ class LGFConfig(BaseModel):
     )
     clip: float = Field(
         3.0, gt=0, description="largest size of a standardised feature norm, standard deviations"
+    )
+    learned: bool = Field(
+        False, description="whether the loss also teaches the feature norms, through the attention weights"
+    )
+    branch_share: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of the loss that falls to what each branch alone says, by the same class centres",
     )
     momentum: float = Field(
         0.01, gt=0, le=1, description="share of the newest batch in the running statistics of the norms"
@@ -156,6 +170,9 @@ class BackboneConfig(BaseModel):
         "less memory, about a third more work, the same results",
     )
     vit: ViTConfig = Field(ViTConfig(), description="the vision transformer")
+    local_only: bool = Field(
+        False, description="leaves out lgaf's global branch; its local one is left out by name = iresnet"
+    )
     mhms: MHMSConfig = Field(MHMSConfig(), description="the local branch of lgaf")
     lgf: LGFConfig = Field(LGFConfig(), description="the fusion of lgaf's branches")
 

@@ -17,6 +17,7 @@ from trainer.backbones.base import Backbone, Features, check_size
 from trainer.backbones.recompute import run
 
 STAGES = 4
+STAGE_NAMES = [f"layer{number}" for number in range(1, STAGES + 1)]
 _CONV_STD = 0.1
 
 
@@ -64,14 +65,24 @@ class IResNet(Backbone):
         return Features(emb_BD, emb_BD.new_empty(emb_BD.shape[0], 0))
 
     def maps(self, images_BCHW: Tensor) -> list[Tensor]:
-        """The outputs of the four stages."""
+        """The outputs of the stages."""
         check_size(images_BCHW, self.image_size)
         map_BCHW, maps = self.prelu(self.bn1(self.conv1(images_BCHW))), []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in self.stages:
             for block in stage:
                 map_BCHW = run(block, map_BCHW, recompute=self._recompute)
             maps.append(map_BCHW)
         return maps
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The stages that there are: all four, unless the network was cut."""
+        return [getattr(self, name) for name in STAGE_NAMES if hasattr(self, name)]
+
+    def cut(self, stages: int) -> None:
+        """Keep the first `stages` stages, for who wants their maps: no later ones, and no embedding."""
+        for name in (*STAGE_NAMES[stages:], "bn2", "dropout", "fc", "features"):
+            delattr(self, name)
 
     def embed(self, map_BCHW: Tensor) -> Tensor:
         """The embedding [B, D] of the last stage's map, in float32."""

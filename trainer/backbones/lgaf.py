@@ -30,18 +30,21 @@ _EPS = 1e-3
 
 
 class Fusion(NamedTuple):
-    """What LGF makes of B images: embedding, and per branch norm, standardised norm and attention weight."""
+    """What LGF makes of B images: embedding, and per branch unit feature, norm, standardised norm and
+    attention weight."""
 
     emb_BD: Tensor
+    unit_BKD: Tensor
     norm_BK: Tensor
     quality_BK: Tensor
     weight_BK: Tensor
 
 
 class LGAF(Backbone):
-    """An IResNet trunk with its own embedding as the global branch, MHMS as the local one, and LGF."""
+    """An IResNet trunk with its own embedding as the global branch, MHMS as the local one, and LGF.
 
-    branches = 2
+    With `local_only` the global branch is left out, and of the trunk what comes after MHMS's map.
+    """
 
     def __init__(
         self,
@@ -50,23 +53,37 @@ class LGAF(Backbone):
         lgf: LGFConfig,
         dropout: float = 0.0,
         recompute: bool = False,
+        local_only: bool = False,
     ) -> None:
         super().__init__()
-        self.embedding_size = trunk.embedding_size
+        self.embedding_size, self.branches = trunk.embedding_size, 1 if local_only else 2
         self.trunk = trunk
         self._stage = mhms.stage - 1
         inputs, side = trunk.channels[self._stage], trunk.sides[self._stage]
         self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout, recompute)
         self._divergence = mhms.divergence
         self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
+        self.branch_share = lgf.branch_share
+        self._local_only = local_only
+        if local_only:
+            trunk.cut(mhms.stage)
+
+    @property
+    def loss_shares(self) -> tuple[float, ...]:
+        """The branches divide `branch_share` evenly."""
+        if self.branch_share == 0:
+            return (1.0,)
+        return 1 - self.branch_share, *[self.branch_share / self.branches] * self.branches
 
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
         fusion, attention_BHN = self._fuse(images_BCHW)
-        penalty = None
+        branch_BKD = penalty = None
+        if self.training and self.branch_share:
+            branch_BKD = fusion.emb_BD.detach().norm(dim=1)[:, None, None] * fusion.unit_BKD
         if self.training and self._divergence:
             penalty = self._divergence * similarity(attention_BHN)
-        return Features(fusion.emb_BD, fusion.norm_BK, penalty)
+        return Features(fusion.emb_BD, fusion.norm_BK.detach(), branch_BKD, penalty)
 
     def fuse(self, images_BCHW: Tensor) -> Fusion:
         """The same with both qualities and attention weights."""
@@ -75,7 +92,8 @@ class LGAF(Backbone):
     def _fuse(self, images_BCHW: Tensor) -> tuple[Fusion, Tensor]:
         maps = self.trunk.maps(images_BCHW)
         local_BD, attention_BHN = self.mhms(maps[self._stage])
-        return self.lgf(torch.stack([self.trunk.embed(maps[-1]), local_BD], dim=1)), attention_BHN
+        features = [local_BD] if self._local_only else [self.trunk.embed(maps[-1]), local_BD]
+        return self.lgf(torch.stack(features, dim=1)), attention_BHN
 
     @property
     def global_branch(self) -> IResNet:
@@ -104,14 +122,16 @@ class LGF(nn.Module):
     def forward(self, feature_BKD: Tensor) -> Fusion:
         """Fuse the branches' features; the embedding is as long as the attended mean of their norms."""
         with torch.autocast(feature_BKD.device.type, enabled=False):
-            norm_BK = feature_BKD.detach().norm(dim=2)
+            norm_BK = (feature_BKD if self._config.learned else feature_BKD.detach()).norm(dim=2)
             quality_BK = ((norm_BK - self.norm_mean) / (self.norm_std + _EPS)).clamp(
                 -self._config.clip, self._config.clip
             )
             weight_BK = F.softmax(self._config.attention_scale * quality_BK, dim=1)
-            fused_BD = (weight_BK[:, :, None] * F.normalize(feature_BKD, dim=2)).sum(1)
-            length_B1 = (weight_BK * norm_BK).sum(1, keepdim=True)
-            return Fusion(length_B1 * F.normalize(fused_BD, dim=1), norm_BK, quality_BK, weight_BK)
+            unit_BKD = F.normalize(feature_BKD, dim=2)
+            fused_BD = (weight_BK[:, :, None] * unit_BKD).sum(1)
+            length_B1 = (weight_BK * norm_BK).sum(1, keepdim=True).detach()
+            emb_BD = length_B1 * F.normalize(fused_BD, dim=1)
+            return Fusion(emb_BD, unit_BKD, norm_BK, quality_BK, weight_BK)
 
     @torch.no_grad()
     def update_statistics(self, norm_GK: Tensor) -> None:
@@ -163,9 +183,7 @@ class MHMS(nn.Module):
         super().__init__()
         self._recompute = recompute
         channels, grid = max(1, inputs // config.head_reduction), min(config.grid, side)
-        self.heads = nn.ModuleList(
-            Head(inputs, channels, kernels, config.attention_reduction, grid) for kernels in config.heads
-        )
+        self.heads = nn.ModuleList(Head(inputs, channels, kernels, config, grid) for kernels in config.heads)
         self.head_drop = nn.Dropout1d(config.head_drop)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(len(config.heads) * channels * grid**2, size)
@@ -185,11 +203,13 @@ class MHMS(nn.Module):
 class Head(nn.Module):
     """MSNet, LANet, SE, and the mean over each cell of a grid."""
 
-    def __init__(self, inputs: int, channels: int, kernels: Sequence[int], reduction: int, grid: int) -> None:
+    def __init__(
+        self, inputs: int, channels: int, kernels: Sequence[int], config: MHMSConfig, grid: int
+    ) -> None:
         super().__init__()
         self.msnet = MSNet(inputs, channels, kernels)
-        self.lanet = LANet(channels, reduction)
-        self.se = SE(channels, reduction)
+        self.lanet = LANet(channels, config.attention_reduction, config.shared_attention)
+        self.se = SE(channels, config.attention_reduction)
         self.pool = nn.AdaptiveAvgPool2d(grid)
 
     def forward(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,17 +238,25 @@ def _conv_bn_prelu(inputs: int, channels: int, kernel: int) -> nn.Sequential:
 
 
 class LANet(nn.Module):
-    """Spatial attention: every cell is to be scaled by one number in (0, 1) that its own channels decide."""
+    """Spatial attention: every cell is to be scaled by one number in (0, 1) that its own channels decide.
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    With `shared`, by that number over its mean: what some cells lose the others get, so that a map of which
+    a part is hidden is no weaker than a whole one.
+    """
+
+    def __init__(self, channels: int, reduction: int, shared: bool = False) -> None:
         super().__init__()
+        self._shared = shared
         inner = max(1, channels // reduction)
         self.squeeze = nn.Conv2d(channels, inner, 1)
         self.excite = nn.Conv2d(inner, 1, 1)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """The attention [B, 1, H, W], to be multiplied with the map."""
-        return torch.sigmoid(self.excite(F.relu(self.squeeze(map_BCHW))))
+        attention_B1HW = torch.sigmoid(self.excite(F.relu(self.squeeze(map_BCHW))))
+        if self._shared:
+            attention_B1HW = attention_B1HW / (attention_B1HW.mean((2, 3), keepdim=True) + _EPS)
+        return attention_B1HW
 
 
 class SE(nn.Module):

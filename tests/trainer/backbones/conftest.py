@@ -17,7 +17,7 @@ def config() -> BackboneConfig:
         width=8,
         embedding_size=16,
         mhms=MHMSConfig(heads=((1, 3), (5,)), attention_reduction=4),
-        lgf=LGFConfig(momentum=0.1),
+        lgf=LGFConfig(momentum=0.1, branch_share=0),
     )
 
 

@@ -105,8 +105,8 @@ def test_a_published_state_dict_loads_and_is_computed_as_its_names_say():
     net = build(BackboneConfig(name="iresnet", blocks=blocks, width=4, embedding_size=8), 32).eval()
     net.load_state_dict(state)
     images_BCHW = torch.randn(3, 3, 32, 32, generator=generator)
-    emb_BD, norm_BK, penalty = net(images_BCHW)
-    assert penalty is None
+    emb_BD, norm_BK, branch_BKD, penalty = net(images_BCHW)
+    assert branch_BKD is penalty is None
     torch.testing.assert_close(emb_BD, reference(state, blocks, images_BCHW))
     assert norm_BK.shape == (3, 0)
     net.update_statistics(norm_BK)

@@ -32,6 +32,27 @@ def test_lanet_scales_each_cell_by_what_its_channels_say():
     torch.testing.assert_close(lanet(map_BCHW), attention.reshape(1, 1, 1, 2))
 
 
+def test_shared_attention_gives_the_others_what_some_cells_lose():
+    lanet = LANet(1, reduction=1, shared=True)
+    set_weights(lanet, squeeze__weight=[1], squeeze__bias=[0], excite__weight=[1], excite__bias=[0])
+    # sigmoid(0) = 1/2 where there is nothing, sigmoid(log 3) = 3/4 where there is
+    map_BCHW = torch.tensor([0.0, 1.0986123, 1.0986123, 0.0]).reshape(1, 1, 2, 2)
+    expected = torch.tensor([0.8, 1.2, 1.2, 0.8]).reshape(1, 1, 2, 2)
+    torch.testing.assert_close(lanet(map_BCHW), expected, rtol=0.01, atol=0)
+    assert lanet(torch.randn(3, 1, 5, 5)).mean((1, 2, 3)).sub(1).abs().max() < 0.01
+
+
+def test_the_local_branch_alone_has_no_later_stages_and_no_attention(config, images):
+    net = build(config.model_copy(update={"local_only": True}), 32)
+    assert not any("layer4" in name or "trunk.fc" in name for name, _ in net.named_parameters())
+    fusion = net.fuse(images)
+    assert fusion.weight_BK.eq(1).all()
+    assert fusion.weight_BK.shape == (6, 1)
+    net(images).emb_BD.square().sum().backward()
+    net.update_statistics(fusion.norm_BK)
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+
 def test_se_scales_each_channel_by_what_all_means_say():
     se = SE(2, reduction=2)
     set_weights(se, squeeze__weight=[1, 2], squeeze__bias=[-1], excite__weight=[1, -1], excite__bias=[0, 0.5])
@@ -75,7 +96,7 @@ def with_mhms(config, **changed):
 def test_divergence_is_a_term_of_the_loss_in_training_alone(config, lgaf, images):
     net = with_mhms(config, divergence=0.5)
     penalty = net.train()(images).penalty
-    attention_BHN = net.mhms(net.trunk.maps(images)[2])[1]
+    attention_BHN = net.mhms(net.trunk.maps(images)[1])[1]
     torch.testing.assert_close(penalty, 0.5 * similarity(attention_BHN))
     assert net.eval()(images).penalty is None
     assert lgaf.train()(images).penalty is None
@@ -183,11 +204,38 @@ def test_loss_reaches_both_branches_but_not_through_their_norms(lgaf, images):
     assert (feature_BKD.grad.norm(dim=2) > 0.01).all()
     along_BK = (feature_BKD.grad * F.normalize(feature_BKD, dim=2)).sum(2)
     torch.testing.assert_close(along_BK, torch.zeros(3, 2), atol=1e-5, rtol=0)
-    emb_BD, norm_BK, _ = lgaf(images)
+    emb_BD, norm_BK, branch_BKD, _ = lgaf(images)
     assert not norm_BK.requires_grad
+    assert branch_BKD is None
     (emb_BD * torch.randn(6, 16)).sum().backward()
     for name, parameter in lgaf.named_parameters():
         assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
+
+
+def test_norms_that_learn_have_the_gradient_of_the_attention():
+    lgf = LGF(4, 2, LGFConfig(learned=True, attention_scale=1.0))
+    lgf.norm_std.fill_(1.0)
+    feature_BKD = torch.randn(3, 2, 4, dtype=torch.float64) * 0.5 + 1
+    wanted_BD = torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(feature_BKD):
+        # The length takes no part: a direction has no gradient along itself.
+        return (F.normalize(lgf.double()(feature_BKD).emb_BD, dim=1) * wanted_BD).sum()
+
+    assert torch.autograd.gradcheck(loss, feature_BKD.requires_grad_())
+
+
+def test_a_share_of_the_loss_falls_to_each_branch(config, images):
+    lgf = LGFConfig(branch_share=0.4)
+    net = build(config.model_copy(update={"lgf": lgf}), 32)
+    features, fusion = net(images), net.fuse(images)
+    assert net.loss_shares == pytest.approx((0.6, 0.2, 0.2))
+    torch.testing.assert_close(F.normalize(features.branch_BKD, dim=2), fusion.unit_BKD)
+    length_BK = features.emb_BD.norm(dim=1, keepdim=True).expand(-1, 2)
+    torch.testing.assert_close(features.branch_BKD.norm(dim=2), length_BK)
+    features.branch_BKD.sum().backward()
+    assert net.trunk.fc.weight.grad.any()
+    assert net.mhms.fc.weight.grad.any()
 
 
 def test_every_trained_parameter_is_in_one_group(lgaf):
@@ -205,7 +253,7 @@ def test_autocast_keeps_norms_and_fusion_in_float32(lgaf, images):
         fusion = lgaf.fuse(images)
     for value, wanted in zip(fusion, expected, strict=True):
         assert value.dtype == torch.float32
-        assert F.cosine_similarity(value, wanted, dim=1).min() > 0.99
+        assert F.cosine_similarity(value, wanted, dim=-1).min() > 0.98
     # A norm that had been rounded to bfloat16 would have 16 zeros at its end.
     assert (fusion.norm_BK.view(torch.int32) & 0xFFFF).any()
     with torch.autocast("cpu", torch.bfloat16):

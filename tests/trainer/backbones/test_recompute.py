@@ -34,7 +34,7 @@ def step(config, recompute, images):
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     torch.manual_seed(1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        emb_BD, norm_BK, penalty = net(images)
+        emb_BD, norm_BK, _, penalty = net(images)
         loss = (emb_BD * torch.linspace(-1, 1, 16)).sum() + (0 if penalty is None else penalty)
     after_forward = [buffer.clone() for buffer in net.buffers()]
     loss.backward()

@@ -118,7 +118,7 @@ def test_a_published_state_dict_is_computed_as_its_names_say(small, images):
     }
     net = small().eval()
     net.load_state_dict(state)
-    emb_BD, norm_BK, penalty = net(images)
+    emb_BD, norm_BK, _, penalty = net(images)
     torch.testing.assert_close(emb_BD, reference(state, images, 2, 5), rtol=1e-4, atol=1e-4)
     assert norm_BK.shape == (4, 0)
     assert penalty is None

@@ -1,0 +1,390 @@
+"""What LGAF is worth on bad faces: networks trained alike on painted people, judged on other people.
+
+    python benchmarks/quality.py --folder DIR --json benchmarks/results/quality_cpu.json
+    python benchmarks/quality.py --folder DIR --large --jobs 1       an R50 on 100,000 people, for one GPU
+
+Each network of NETWORKS is trained with each seed by `lgaf train configs/quality.toml`, on the same pictures
+in the same order for a seed; a run that is there already is not repeated. The twin is a plain IResNet,
+widened until it needs at least as many operations as LGAF.
+
+    pictures    of people nobody was trained on, painted anew for each condition: sharp, or with one kind of
+                degradation in one of four strengths and nothing else changed; beside them a sharp reference
+    accuracy    every reference against every picture of a condition: 1 - equal error rate, TAR at FAR 1 %
+    norms       of both of LGAF's branches, and its attention, for each condition
+
+Printed: both figures per kind of degradation, mean over strengths and seeds with the deviation over seeds,
+and how far LGAF is ahead of its twin. `--page` draws the norms and the attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.faces import Nuisances
+from data_pipeline.parallel import in_order
+from data_pipeline.photograph import paint
+from data_pipeline.synthetic import HELD_OUT, SynthConfig, faces_of, nuisances_of
+from data_pipeline.synthetic_set import write_set
+from trainer import backbones, charts, report_page
+from trainer import config as run_config
+from trainer.backbones import Backbone, BackboneConfig
+from trainer.backbones.lgaf import LGAF
+from trainer.evaluation.pair_protocol import roc
+from trainer.extraction import load_backbone
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "quality.toml"
+SEEDS = (1, 2, 3)
+GLOBAL, LOCAL = 0, 1
+
+# Name -> what differs from the configuration, which is LGAF's.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "lgaf": {},
+    "twin": {"name": "iresnet"},  # and a width of its own
+    "equal weights": {"lgf.attention_scale": 0},
+    "local only": {"local_only": True},
+    "global only": {"name": "iresnet"},
+}
+LARGE = {
+    "backbone.blocks": [3, 4, 14, 3],
+    "backbone.width": 64,
+    "backbone.stem_stride": 1,
+    "backbone.embedding_size": 512,
+    "data.image_size": 112,
+    "data.threads": 8,
+    "engine.precision": "auto",
+    "global_batch": 512,
+    "steps": 20_000,
+    "checkpoint.every_steps": 2000,
+    "head.sample_rate": 0.3,
+}
+
+# Kind -> strengths: half side of a block in half faces; bending in half faces; deviation and way in pixels at
+# 112; share of the resolution; degrees.
+KINDS: dict[str, tuple[float, ...]] = {
+    "occlusion": (0.3, 0.45, 0.6, 0.75),
+    "deformation": (0.04, 0.08, 0.12, 0.16),
+    "blur": (1.0, 2.0, 3.0, 4.5),
+    "motion blur": (4.0, 8.0, 12.0, 18.0),
+    "low resolution": (0.35, 0.25, 0.17, 0.12),
+    "pose": (20.0, 32.0, 44.0, 56.0),
+}
+CONDITIONS = [("none", 0.0)] + [
+    (kind, strength) for kind, strengths in KINDS.items() for strength in strengths
+]
+TAKES = 3  # pairs of a reference and its pictures, per person
+CALM = 0.5  # difficulty of what no condition is about: light, colours, expression
+
+
+def degraded(calm: Nuisances, kind: str, strength: float) -> Nuisances:
+    """The circumstances of a picture under a condition that the painter knows."""
+    match kind:
+        case "occlusion":
+            return calm._replace(occlusion="block", occlusion_size=strength)
+        case "deformation":
+            return calm._replace(warp=strength)
+        case "blur":
+            return calm._replace(blur_px=strength)
+        case "low resolution":
+            return calm._replace(resolution=strength)
+        case "pose":
+            return calm._replace(yaw_deg=math.copysign(strength, calm.yaw_deg))
+    return calm
+
+
+def moved(picture: Image.Image, way_px: float, angle: float) -> Image.Image:
+    """Motion blur: the mean of the picture on a straight way, in pixels at a width of 112."""
+    steps = 1 + math.ceil(way_px)
+    total_HWC = np.zeros((picture.height, picture.width, 3), np.float32)
+    for at in np.linspace(-0.5, 0.5, steps) * way_px * picture.width / 112:
+        shift = (1, 0, at * math.cos(angle), 0, 1, at * math.sin(angle))
+        total_HWC += np.asarray(
+            picture.transform(picture.size, Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR)
+        )
+    return Image.fromarray((total_HWC / steps).astype(np.uint8))
+
+
+def person(seed: int, identity: int, size: int) -> np.ndarray:
+    """uint8 [takes, 1 + conditions, H, W, 3]: a reference and a picture under each condition, per take."""
+    numbers = np.arange(2 * TAKES)
+    face = faces_of(seed, np.array([identity]))[0]
+    calm = [
+        n._replace(occlusion="none", warp=0.0, blur_px=0.0, resolution=1.0)
+        for n in nuisances_of(seed, np.full(2 * TAKES, identity), numbers, CALM)
+    ]
+    takes = []
+    for reference, probe in zip(calm[0::2], calm[1::2], strict=True):
+        row = [paint(face, reference, size)]
+        for kind, strength in CONDITIONS:
+            picture = paint(face, degraded(probe, kind, strength), size)
+            angle = math.radians(probe.shadow_angle_deg)
+            row.append(moved(picture, strength, angle) if kind == "motion blur" else picture)
+        takes.append([np.asarray(picture) for picture in row])
+    return np.array(takes)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a network says of N takes of S pictures, the reference first: unit embeddings, and of each branch
+    the norm and the attention weight."""
+
+    emb_NSD: np.ndarray
+    norm_NSK: np.ndarray
+    weight_NSK: np.ndarray
+
+
+@torch.inference_mode()
+def look(model: Backbone, people: Iterable[np.ndarray], device: torch.device) -> Seen:
+    model.eval().to(device)
+    rows = []
+    for picture_TSHWC in people:
+        pixels = torch.from_numpy(picture_TSHWC).to(device).flatten(0, 1).permute(0, 3, 1, 2)
+        images_BCHW = (pixels.float() - 127.5) / 127.5
+        if isinstance(model, LGAF):
+            fusion = model.fuse(images_BCHW)
+            row = (fusion.emb_BD, fusion.norm_BK, fusion.weight_BK)
+        else:
+            emb_BD = model(images_BCHW).emb_BD
+            row = (emb_BD, emb_BD.norm(dim=1, keepdim=True), torch.ones_like(emb_BD[:, :1]))
+        rows.append([part.unflatten(0, picture_TSHWC.shape[:2]).cpu().numpy() for part in row])
+    emb_NSD, norm_NSK, weight_NSK = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return Seen(emb_NSD / np.linalg.norm(emb_NSD, axis=2, keepdims=True), norm_NSK, weight_NSK)
+
+
+def accuracy(seen: Seen) -> np.ndarray:
+    """1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every picture."""
+    who_N = np.arange(len(seen.emb_NSD)) // TAKES
+    issame_P = (who_N[:, None] == who_N).ravel()
+    figures = []
+    for s in range(1, 1 + len(CONDITIONS)):
+        far_R, tar_R = roc((seen.emb_NSD[:, 0] @ seen.emb_NSD[:, s].T).ravel(), issame_P)
+        crossing = int(np.argmax(far_R >= 1 - tar_R))
+        figures.append((1 - (far_R[crossing] + 1 - tar_R[crossing]) / 2, np.interp(0.01, far_R, tar_R)))
+    return np.array(figures)
+
+
+def by_kind(figure_S: np.ndarray) -> dict[str, float]:
+    """The mean of each kind over its strengths, and of all kinds but "none"."""
+    kinds = np.array([kind for kind, _ in CONDITIONS])
+    means = {kind: float(figure_S[kinds == kind].mean()) for kind in ("none", *KINDS)}
+    return means | {"degraded": float(np.mean([means[kind] for kind in KINDS]))}
+
+
+def words(options: argparse.Namespace, name: str) -> list[str]:
+    """KEY=VALUE for `lgaf train`: what makes this network."""
+    backbone = dict(NETWORKS[name])
+    if name == "twin":
+        backbone["width"] = twin_width(options)
+    given = {"data.path": str(options.folder / "people"), "run_dir": str(options.folder / "run")}
+    given |= LARGE if options.large else {}
+    given |= {f"backbone.{key}": value for key, value in backbone.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()] + options.set
+
+
+def configured(options: argparse.Namespace, name: str) -> run_config.RunConfig:
+    return run_config.load(CONFIG, words(options, name))
+
+
+@torch.inference_mode()
+def operations(config: BackboneConfig, image_size: int) -> int:
+    """Multiplications and additions of one image."""
+    model = backbones.build(config, image_size).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size))
+    return counter.get_total_flops()
+
+
+def twin_width(options: argparse.Namespace) -> int:
+    """The least width of a plain IResNet that needs no fewer operations than LGAF."""
+    config = configured(options, "lgaf")
+    size, width = config.data.image_size, config.backbone.width
+    goal = operations(config.backbone, size)
+    plain = config.backbone.model_copy(update={"name": "iresnet"})
+    while operations(plain.model_copy(update={"width": width}), size) < goal:
+        width += 1
+    return width
+
+
+def train(options: argparse.Namespace, name: str, seed: int) -> Backbone:
+    run_dir = options.folder / f"{name.replace(' ', '_')}-{seed}"
+    out = run_dir.with_suffix(".pt")
+    if not out.exists():
+        given = [*words(options, name), f"run_dir={json.dumps(str(run_dir))}", f"seed={seed}"]
+        lgaf(["train", str(CONFIG), *(word for one in given for word in ("--set", one))], options.threads)
+        lgaf(["checkpoint", "extract", str(run_dir), "--out", str(out)], options.threads)
+        print(f"{name}, seed {seed}: trained", file=sys.stderr)
+    return load_backbone(out)
+
+
+def lgaf(command: list[str], threads: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *command], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"lgaf {' '.join(command)}\n{done.stderr}")
+
+
+def attention(seen: list[Seen]) -> dict[str, Any]:
+    """LGAF's norms and attention by condition, over all seeds.
+
+    Norms are counted from the mean of sharp pictures, in their deviations; strengths from 0 to 4.
+    """
+    shifted = []
+    for one in seen:
+        sharp_NK = one.norm_NSK[:, 1]
+        shifted.append((one.norm_NSK - sharp_NK.mean(0)) / sharp_NK.std(0))
+    norm_NSK, weight_NSK = np.concatenate(shifted), np.concatenate([one.weight_NSK for one in seen])
+    return {
+        "norm_mean_SK": norm_NSK[:, 1:].mean(0).tolist(),
+        "norm_std_SK": norm_NSK[:, 1:].std(0).tolist(),
+        "local_weight_S": weight_NSK[:, 1:, LOCAL].mean(0).tolist(),
+        "norms_of_both_branches": _correlation(norm_NSK[:, 1:, GLOBAL], norm_NSK[:, 1:, LOCAL]),
+        "norm_and_strength": {
+            kind: [
+                _correlation(norm_NSK[:, columns, k], np.tile(np.arange(len(columns)), (len(norm_NSK), 1)))
+                for k in (GLOBAL, LOCAL)
+            ]
+            for kind, columns in _columns().items()
+        },
+    }
+
+
+def _columns() -> dict[str, list[int]]:
+    """Kind -> where its pictures stand in a take, from none to its greatest strength."""
+    return {kind: [1, *(1 + s for s, (found, _) in enumerate(CONDITIONS) if found == kind)] for kind in KINDS}
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    write_set(options.folder / "people", people(options))
+    size = configured(options, "lgaf").data.image_size
+    jobs = [(name, seed) for name in options.networks for seed in options.seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        models = list(pool.map(lambda job: train(options, *job), jobs))
+    arguments = [(options.test_seed, HELD_OUT + number, size) for number in range(options.test_people)]
+    pictures = list(in_order(person, arguments, None))
+    seen = {job: look(model, pictures, options.device) for job, model in zip(jobs, models, strict=True)}
+    found = {
+        name: np.array([accuracy(seen[name, seed]) for seed in options.seeds]) for name in options.networks
+    }
+    return {
+        "conditions": CONDITIONS,
+        "seeds": list(options.seeds),
+        "steps": configured(options, "lgaf").steps,
+        "operations": {
+            name: operations(configured(options, name).backbone, size) for name in options.networks
+        },
+        "accuracy_RS": {name: figures[:, :, 0].tolist() for name, figures in found.items()},
+        "tar_at_far_0.01_RS": {name: figures[:, :, 1].tolist() for name, figures in found.items()},
+        "attention": attention([seen["lgaf", seed] for seed in options.seeds]),
+        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+    }
+
+
+def people(options: argparse.Namespace) -> SynthConfig:
+    common = {"held_out_identities": 2, "pairs": 2, "image_size": 112 if options.large else 80}
+    if options.large:
+        return SynthConfig(identities=100_000, images_per_identity=20, **common)
+    return SynthConfig(identities=options.people, images_per_identity=40, **common)
+
+
+def show(report: dict[str, Any]) -> None:
+    kinds = ["none", *KINDS, "degraded"]
+    for key, title in (("accuracy_RS", "1 - equal error rate"), ("tar_at_far_0.01_RS", "TAR at FAR 1 %")):
+        print(f"\n{title}, percent; mean and deviation over {len(report['seeds'])} seeds\n")
+        print("| network | MFLOP | " + " | ".join(kinds) + " |\n" + "| --- " * (2 + len(kinds)) + "|")
+        for name, rows in report[key].items():
+            cells = seeds_by_kind(rows)
+            shown = [f"{100 * np.mean(cells[k]):.2f} ± {100 * np.std(cells[k], ddof=1):.2f}" for k in kinds]
+            print(f"| {name} | {report['operations'][name] / 1e6:.1f} | " + " | ".join(shown) + " |")
+        ahead = np.subtract(*(seeds_by_kind(report[key][name])["degraded"] for name in ("lgaf", "twin")))
+        each = ", ".join(f"{100 * one:+.2f}" for one in ahead)
+        print(f"\nlgaf ahead of its twin on degraded faces: {100 * ahead.mean():+.2f} (seed by seed {each})")
+    print("\nlgaf's attention to the local branch, from sharp pictures to the strongest degradation:\n")
+    weights = [None, *report["attention"]["local_weight_S"]]
+    for kind, columns in _columns().items():
+        print(f"{kind:15s} " + " ".join(f"{weights[column]:.3f}" for column in columns))
+
+
+def seeds_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:
+    """Kind -> one figure per seed."""
+    each = [by_kind(np.array(row)) for row in rows]
+    return {kind: [one[kind] for one in each] for kind in each[0]}
+
+
+def page(report: dict[str, Any]) -> str:
+    """Norms and attention against strength, one chart for each kind of degradation, as in the paper."""
+    found = report["attention"]
+    mean_SK, std_SK = (np.array(found[key]) for key in ("norm_mean_SK", "norm_std_SK"))
+    weight_S = np.array(found["local_weight_S"])
+    norms, weights = [], []
+    for number, (kind, columns) in enumerate(_columns().items()):
+        rows = np.array(columns) - 1
+        step_N = np.arange(len(rows))
+        drawn: list[charts.Drawn] = []
+        for k, name in ((GLOBAL, "global"), (LOCAL, "local")):
+            low_N, high_N = mean_SK[rows, k] - std_SK[rows, k], mean_SK[rows, k] + std_SK[rows, k]
+            drawn += [charts.Band(step_N, low_N, high_N, k), charts.Line(step_N, mean_SK[rows, k], name, k)]
+        both = " / ".join(f"{one:+.2f}" for one in found["norm_and_strength"][kind])
+        axes = charts.Axis(0, len(rows) - 1, step_N.tolist()), charts.Axis.round((-4, 2))
+        norms.append(charts.chart(kind, drawn, *axes, x_title="strength", value=both))
+        weights.append(charts.Line(step_N, weight_S[rows], kind, number))
+    low, high = float(weight_S.min()), float(weight_S.max())
+    axes = charts.Axis(0, 4, [0, 1, 2, 3, 4]), charts.Axis.round((low, high))
+    attention = charts.chart("Attention to the local branch", weights, *axes, x_title="strength")
+    body = report_page.section(
+        "Feature norms",
+        report_page.grid(norms, "thirds"),
+        "Mean and deviation, in deviations of sharp pictures; correlation of either norm with the strength.",
+    ) + report_page.section("Attention", report_page.grid([attention], "halves"))
+    together = f"norms of both branches: correlation {found['norms_of_both_branches']:+.2f}"
+    return report_page.page("LGAF on bad faces", together, body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for pictures and runs; kept")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("--large", action="store_true", help="R50 on 100,000 people")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
+    parser.add_argument("--people", type=int, default=400, help="to train on")
+    parser.add_argument("--test-people", type=int, default=120)
+    parser.add_argument("--test-seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of lgaf train")
+    options = parser.parse_args()
+    options.folder = options.folder.resolve()
+    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = measure(options)
+    show(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.page:
+        options.page.write_text(page(report))
+
+
+if __name__ == "__main__":
+    main()
