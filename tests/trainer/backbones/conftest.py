@@ -16,7 +16,7 @@ def config() -> BackboneConfig:
         blocks=(1, 2, 1, 1),
         width=8,
         embedding_size=16,
-        mhms=MHMSConfig(heads=((1, 3), (5,)), attention_reduction=4),
+        mhms=MHMSConfig(heads=((1, 3), (5,)), attention_reduction=2),
         lgf=LGFConfig(momentum=0.1, branch_share=0),
     )
 
