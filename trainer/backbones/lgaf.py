@@ -1,7 +1,7 @@
 """LGAF (arXiv 2411.16169): local and global features of a face, fused by how good each of them is.
 
     images -> trunk -+-> last stage --> GFE: BN, fc, BN ---------> global feature -+-> LGF -> embedding
-                     +-> stage 3 -----> MHMS: heads, pool, fc, BN -> local feature -+
+                     +-> stage 2 -----> MHMS: heads, pool, fc, BN -> local feature -+
 
 A feature's norm tells its quality. LGF standardises each branch's norm by running statistics, turns both
 into attention weights, and adds the unit features with these weights. `docs/lgaf.md` says which of this the
@@ -63,7 +63,8 @@ class LGAF(Backbone):
         self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout, recompute)
         self._divergence = mhms.divergence
         self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
-        self.branch_share = lgf.branch_share
+        # One branch alone says what the embedding says.
+        self._branch_share = 0.0 if local_only else lgf.branch_share
         self._local_only = local_only
         if local_only:
             trunk.cut(mhms.stage)
@@ -71,15 +72,15 @@ class LGAF(Backbone):
     @property
     def loss_shares(self) -> tuple[float, ...]:
         """The branches divide `branch_share` evenly."""
-        if self.branch_share == 0:
+        if self._branch_share == 0:
             return (1.0,)
-        return 1 - self.branch_share, *[self.branch_share / self.branches] * self.branches
+        return 1 - self._branch_share, *[self._branch_share / self.branches] * self.branches
 
     def forward(self, images_BCHW: Tensor) -> Features:
         """Embed the images. Raises ValueError if they are not of the size the network was built for."""
         fusion, attention_BHN = self._fuse(images_BCHW)
         branch_BKD = penalty = None
-        if self.training and self.branch_share:
+        if self.training and self._branch_share:
             branch_BKD = fusion.emb_BD.detach().norm(dim=1)[:, None, None] * fusion.unit_BKD
         if self.training and self._divergence:
             penalty = self._divergence * similarity(attention_BHN)
@@ -96,9 +97,9 @@ class LGAF(Backbone):
         return self.lgf(torch.stack(features, dim=1)), attention_BHN
 
     @property
-    def global_branch(self) -> IResNet:
-        """The trunk, whose own embedding is the global feature."""
-        return self.trunk
+    def global_branch(self) -> Backbone:
+        """The trunk, whose own embedding is the global feature; the whole network where there is none."""
+        return self if self._local_only else self.trunk
 
     def update_statistics(self, norm_GK: Tensor) -> None:
         """Accumulate the norms of one global batch into LGF's running statistics."""

@@ -43,12 +43,16 @@ def test_shared_attention_gives_the_others_what_some_cells_lose():
 
 
 def test_the_local_branch_alone_has_no_later_stages_and_no_attention(config, images):
-    net = build(config.model_copy(update={"local_only": True}), 32)
+    net = build(config.model_copy(update={"local_only": True, "lgf": LGFConfig(branch_share=0.4)}), 32)
+    assert net.global_branch is net
     assert not any("layer4" in name or "trunk.fc" in name for name, _ in net.named_parameters())
     fusion = net.fuse(images)
     assert fusion.weight_BK.eq(1).all()
     assert fusion.weight_BK.shape == (6, 1)
-    net(images).emb_BD.square().sum().backward()
+    features = net(images)
+    assert features.branch_BKD is None  # it would be the embedding once more
+    assert net.loss_shares == (1,)
+    features.emb_BD.square().sum().backward()
     net.update_statistics(fusion.norm_BK)
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
