@@ -367,7 +367,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--large", action="store_true", help="R50 on 100,000 people")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="lgaf and twin always are"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
@@ -377,6 +379,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of lgaf train")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
+    options.networks = [name for name in NETWORKS if name in ("lgaf", "twin", *options.networks)]
     options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = measure(options)
     show(report)

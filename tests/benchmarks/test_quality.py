@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_networks_are_trained_and_compared(tmp_path):
     file, page = tmp_path / "found.json", tmp_path / "page.html"
-    size = ["--people", "4", "--test-people", "3", "--seeds", "1", "2", "--networks", "lgaf", "twin"]
+    size = ["--people", "4", "--test-people", "3", "--seeds", "1", "2", "--networks", "twin"]
     small = ["steps=2", "global_batch=8", "data.image_size=48", "backbone.embedding_size=16"]
     words = [*size, *(word for one in small for word in ("--set", one)), "--json", file, "--page", page]
     done = subprocess.run(
