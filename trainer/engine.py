@@ -1,8 +1,8 @@
 """The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD or AdamW. The only import of deepspeed.
 
-    emb_BD, norm_BK, penalty = engine.forward(images_BCHW)      remembers what backward needs
-    engine.backward(emb_BD, grad_BD, penalty, share=1 / A)      adds to the gradients
-    engine.step(learning_rate) -> bool                          averages over ranks, updates, forgets
+    features = engine.forward(images_BCHW)                           remembers what backward needs
+    engine.backward(emb_BN, grad_BN, features.penalty, share=1 / A)  adds to the gradients
+    engine.step(learning_rate) -> bool                               averages over ranks, updates, forgets
 
 Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
 Weights stay float32 at every ZeRO stage; bfloat16 is autocast's, so norms and moments do not lose digits.
@@ -90,22 +90,23 @@ class Engine:
 
     def backward(
         self,
-        emb_BD: torch.Tensor,
-        grad_BD: torch.Tensor,
+        emb_BN: torch.Tensor,
+        grad_BN: torch.Tensor,
         penalty: torch.Tensor | None = None,
         *,
         share: float = 1.0,
     ) -> None:
         """Continue from the gradient of the global mean loss with respect to this rank's embeddings.
 
+        emb_BN: attached, float32; all that the loss looked at of an image, side by side.
         penalty: a mean over this rank's images, to be part of the loss; share: that of this micro-batch in
         the step, by which the penalty alone is multiplied.
 
         DeepSpeed averages the ranks' gradients, where the loss, a mean over all ranks' samples, needs their
         sum: the number of ranks is put back here, and only here. Of penalties it is the average that is due.
         """
-        # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BD is the factor itself.
-        loss = (emb_BD * (grad_BD * self._world_size)).sum()
+        # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BN is the factor itself.
+        loss = (emb_BN * (grad_BN * self._world_size)).sum()
         self._engine.backward(loss if penalty is None else loss + share * penalty)
 
     def step(self, learning_rate: float) -> bool:

@@ -1,6 +1,9 @@
 """One training step, in the order in which a batch goes through the rooms.
 
-    images_BCHW -> backbone -> emb_BD -> gather -> emb_GD -> head -> grad_GD -> scatter -> grad_BD -> backbone
+  images_BCHW -> backbone -> emb_BLD -> gather -> emb_GLD -> head -> grad_GN -> scatter -> grad_BN -> backbone
+
+L embeddings of each image, its own and those that the branches alone make, come before the head one after the
+other, each with its share of the loss; side by side they are N = L x D numbers.
 
 A step is as many rounds of this as there are micro-batches; then both optimizers move, once, or neither does.
 What is not finite on one rank is agreed on without a message of its own: a loss is the same on all ranks and

@@ -44,7 +44,6 @@ class MHMSConfig(BaseModel):
         ge=1,
         description="side of the grid into which a head's map is averaged, cells; at most the map's",
     )
-
     divergence: float = Field(
         0.0,
         ge=0,
