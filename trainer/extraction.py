@@ -111,7 +111,7 @@ def read_network(file: Path) -> Network:
         model = backbones.build(config, image_size)
         model.load_state_dict(content["state"])
         return Network(model.eval(), config, image_size, int(content["step"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise _no_network(file, error) from error
 
 

@@ -73,6 +73,9 @@ def test_weights_of_another_program_are_named(network, tmp_path):
     torch.save(network.model.state_dict(), bare)
     with pytest.raises(ValueError, match="found: no 'backbone'"):
         extraction.load_backbone(bare)
+    torch.save(torch.zeros(3), bare)
+    with pytest.raises(ValueError, match=r"backbone\.pt: expected a network"):
+        extraction.load_backbone(bare)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, foreign)
     with pytest.raises(ValueError, match="found: no 'backbone'"):
