@@ -13,6 +13,7 @@ Shapes: N faces, D dimensions, B images of a batch.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,5 +112,13 @@ class Embedder:
 def _array(rows: int, columns: int) -> np.ndarray:
     if 4 * rows * columns <= _MOST_IN_MEMORY:
         return np.empty((rows, columns), np.float32)
-    # Without a name, so that the file goes with the array.
-    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(rows, columns))
+    file = tempfile.TemporaryFile()  # without a name, so that it goes with the array
+    try:
+        # Room is taken now: writing to a map of a file that finds none ends the process without a word.
+        os.posix_fallocate(file.fileno(), 0, 4 * rows * columns)
+    except OSError as error:
+        raise OSError(
+            f"{tempfile.gettempdir()}: expected room for {4e-9 * rows * columns:.1f} GB of embeddings, "
+            f"found too little ({error.strerror}); let TMPDIR name a folder on a larger disk"
+        ) from error
+    return np.memmap(file, np.float32, "r+", shape=(rows, columns))

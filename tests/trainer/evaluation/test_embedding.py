@@ -1,5 +1,6 @@
 """Faces are embedded in their order by any number of ranks, as one loop over them would."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_many_embeddings_are_kept_in_a_file(found, faces):
     is_map, emb_ND = found[0]["memory map"]
     assert is_map
     np.testing.assert_allclose(emb_ND, plain(faces), rtol=1e-4, atol=1e-3)
+
+
+def test_a_disk_too_small_for_the_embeddings_is_told_before_they_are_written(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(embedding.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"room for 2\.0 GB of embeddings, found too little \(No space left"):
+        embedding._array(1_000_000, 512)
 
 
 def test_a_signal_to_one_rank_interrupts_all(found):
