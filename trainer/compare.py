@@ -36,6 +36,8 @@ def known_threshold(checkpoint: Path, step: int) -> Threshold | None:
     `checkpoint` is a run directory, or a checkpoint in one. What the run recorded is asked, not its
     result.json, which knows the last step only.
     """
+    if checkpoint.is_file():
+        return None  # a network alone may lie anywhere, in another run's folder too
     for run_dir in (checkpoint, checkpoint.resolve().parent.parent):
         records = [r for r in read(run_dir) if (r["kind"], r["step"]) == ("evaluation", step)]
         threshold_of = {record["set"]: record["threshold"] for record in records if "threshold" in record}

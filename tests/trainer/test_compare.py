@@ -56,7 +56,9 @@ def test_a_run_knows_the_threshold_of_each_step_it_evaluated(tmp_path):
         assert found.source == f"evaluation on lfw, agedb at step 20 of {tmp_path}"
     assert compare.known_threshold(checkpoint, 10).value == 0.9
     assert compare.known_threshold(checkpoint, 15) is None
-    assert compare.known_threshold(tmp_path / "n.pt", 20) is None
+    alone = tmp_path / "checkpoints" / "n.pt"
+    alone.touch()
+    assert compare.known_threshold(alone, 20) is None
 
 
 def test_the_command_judges_only_by_a_threshold_it_knows(network, faces, tmp_path):
