@@ -92,7 +92,7 @@ def embed(
             done += len(is_bad)
             report(done, len(files))
         if len(bad) == len(files):
-            first = f"; the first: {bad[0][1]}" if bad else ""
+            first = f"; the first: {': '.join(bad[0])}" if bad else ""
             raise ValueError(f"expected pictures, found {len(files)} files and none that is one{first}")
         file.close()
     return Embedded(len(files), bad)
