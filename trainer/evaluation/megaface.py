@@ -43,17 +43,15 @@ class MegaFace(Protocol):
 
     def __init__(self, folder: Path) -> None:
         lists = folder / "devkit" / "templatelists"
-        probes, persons = _read_probes(
-            lists / "facescrub_features_list.json", folder / "facescrub_noises.txt"
-        )
-        noise = _read_noises(folder / "megaface_noises.txt")
-        sets = _read_distractors(lists, noise)
+        noises = folder / "facescrub_noises.txt", folder / "megaface_noises.txt"
+        self._left_out = [path.name for path in noises if path.exists()]
+        probes, persons = _read_probes(lists / "facescrub_features_list.json", _read_noises(noises[0]))
+        sets = _read_distractors(lists, _read_noises(noises[1]))
         name_U, row = np.unique(np.concatenate(list(sets.values())), return_inverse=True)
         ends = np.cumsum([len(names) for names in sets.values()])[:-1]
         # Rows of `faces`, which begin with the probes.
         self._sets = dict(zip(sets, np.split(len(probes) + row, ends), strict=True))
         self._label_P = np.unique(persons, return_inverse=True)[1]
-        self._cleaned = bool(noise)
         self.faces = Faces(
             folder, np.append(encoded([f"facescrub_images/{path}" for path in probes]), name_U)
         )
@@ -68,14 +66,14 @@ class MegaFace(Protocol):
             figures[f"rank_1_at_{size}"] = float(curves[f"{size} distractors"][0])
         impostors = len(self._label_P) * len(row_C)
         figures |= _tar_at_far(search.similarity_M, largest, impostors)
-        cleaned = "without" if self._cleaned else "with"
+        noise = f"without the pictures in {' and '.join(self._left_out)}" if self._left_out else "with noise"
         return {
             "identification": Scores(
                 figures=figures,
                 convention=(
                     "1:N closed set, every ordered pair of two probes of one person among the distractors, "
-                    f"{cleaned} the pictures in InsightFace's noise lists; TAR over the same pairs, FAR over "
-                    "all probes and all distractors of the largest list"
+                    f"{noise}; TAR over the same pairs, FAR over all probes and all distractors of the "
+                    "largest list"
                 ),
                 roc=_roc(search.similarity_M, largest, impostors),
                 cmc=curves,
@@ -112,14 +110,13 @@ def _roc(genuine_M: np.ndarray, largest: np.ndarray, impostors: int) -> tuple[np
     return np.append(0.0, far_R), np.append(0.0, tar_R)
 
 
-def _read_probes(path: Path, noise_path: Path) -> tuple[list[str], list[str]]:
+def _read_probes(path: Path, noise: set[str]) -> tuple[list[str], list[str]]:
     paths, persons = _read_list(path, "path"), _read_list(path, "id")
     if len(paths) != len(persons):
         raise ProtocolFileError(
             f"{path}: expected an id for each path, found {len(paths)} paths and {len(persons)} ids; "
             "copy the file again"
         )
-    noise = _read_noises(noise_path)
     kept = [i for i, name in enumerate(paths) if name.rpartition("/")[2] not in noise]
     paths, persons = [paths[i] for i in kept], [persons[i] for i in kept]
     if len(set(persons)) == len(persons):
@@ -166,5 +163,5 @@ def _read_noises(path: Path) -> set[str]:
     """Names in a noise list, if there is one: a line's last field; lines that begin with # are remarks."""
     if not path.exists():
         return set()
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8", "surrogateescape").splitlines()
     return {line.strip().rpartition("\t")[2] for line in lines if line.strip() and not line.startswith("#")}

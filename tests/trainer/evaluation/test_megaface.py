@@ -41,7 +41,7 @@ def test_known_answer_by_hand(small):
     scores = MegaFace(small).score(3 * emb)["identification"]
     assert scores.figures == pytest.approx({"rank_1_at_10": 0.5})
     np.testing.assert_allclose(scores.cmc["10 distractors"][:2], [0.5, 1])
-    assert "with the pictures in InsightFace's noise lists" in scores.convention
+    assert "with noise;" in scores.convention
     # The most similar impostors are 5 degrees apart: no genuine pair is nearer.
     assert [curve.tolist() for curve in scores.roc] == [[0], [0]]
 
@@ -94,7 +94,13 @@ def test_noise_is_left_out_where_there_are_lists(small):
     assert not {"A_B_2.png", "3_1.jpg", "4_1.jpg"} & set(names)
     scores = protocol.score(on_circle([0, 90, 100, *range(200, 208)]))["identification"]
     assert scores.figures["rank_1_at_10"] == 1
-    assert "without the pictures" in scores.convention
+    assert "without the pictures in facescrub_noises.txt and megaface_noises.txt;" in scores.convention
+
+
+def test_the_convention_says_which_noise_was_left_out(small):
+    (small / "facescrub_noises.txt").write_text("C_D_8.png\n")
+    scores = MegaFace(small).score(on_circle(range(13)))["identification"]
+    assert "without the pictures in facescrub_noises.txt;" in scores.convention
 
 
 def test_broken_lists_are_named(small):
