@@ -64,7 +64,14 @@ class IJB(Protocol):
         self._galleries = {
             name: self._read_subjects(meta / f"{prefix}_1N_gallery_{name}.csv") for name in _GALLERIES[prefix]
         }
-        self._probes = self._read_subjects(meta / f"{prefix}_1N_probe_mixed.csv")
+        path = meta / f"{prefix}_1N_probe_mixed.csv"
+        self._probes = self._read_subjects(path)
+        for name, gallery in self._galleries.items():
+            if not np.isin(self._probes.subject_P, gallery.subject_P).any():
+                raise ProtocolFileError(
+                    f"{path}: expected probes of subjects in gallery {name}, found none; "
+                    "take both from one release"
+                )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
         """Scores "1:1" and "1:N"; see `Protocol.score`."""

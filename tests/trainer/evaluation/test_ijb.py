@@ -209,6 +209,14 @@ def test_a_missing_or_empty_list_is_named(small, name):
         IJB(small)
 
 
+def test_a_gallery_that_no_probe_has_a_mate_in_is_told(tmp_path):
+    folder = write_ijb(tmp_path, FACES, PAIRS, [[(10, 1)], [(30, 3)]], PROBES)
+    with pytest.raises(
+        ProtocolFileError, match=r"probe_mixed\.csv: expected probes .* gallery G2, found none"
+    ):
+        IJB(folder)
+
+
 def test_another_folder_is_told(tmp_path):
     with pytest.raises(ProtocolFileError, match="name the folder that holds loose_crop and meta"):
         IJB(tmp_path)
