@@ -95,7 +95,7 @@ def _cmc(task: str, scores: Mapping[str, Scores]) -> list[Plot]:
         Line(np.arange(1, len(rate_R) + 1), rate_R, name, colour)
         for colour, (name, rate_R) in enumerate(curves.items())
     ]
-    y = Axis.round([1.0, *(float(rate_R.min()) for rate_R in curves.values())], percent)
+    y = Axis.round([0.99, 1.0, *(float(rate_R.min()) for rate_R in curves.values())], percent)
     return [Plot(f"CMC, {task}: probes found", drawn, Axis.tight([1, ranks]), y, "rank")]
 
 
@@ -107,7 +107,7 @@ def _rejection(task: str, scores: Mapping[str, Scores]) -> list[Plot]:
         Line(curve.rejected_R, curve.fnmr_R, f"{name}, FMR {curve.fmr:g}", colour)
         for colour, (name, curve) in enumerate(curves.items())
     ]
-    y = Axis.round([0.0, *(float(curve.fnmr_R.max()) for curve in curves.values())], percent)
+    y = Axis.round([0.0, 0.01, *(float(curve.fnmr_R.max()) for curve in curves.values())], percent)
     x = Axis.tight(np.concatenate([curve.rejected_R for curve in curves.values()]), percent)
     return [Plot(f"Error versus reject, {task}: false non-matches", drawn, x, y, "rejected for low quality")]
 
