@@ -80,7 +80,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="a checkpoint's folder, a run directory (its newest), or a file of `checkpoint extract`",
+            help=network_commands.NETWORK_HELP,
         ),
     ],
     pairs: Annotated[
@@ -113,6 +113,10 @@ def evaluate(
 
     if (suite is None) == (not pairs):
         raise ValueError(f"expected --suite or --pairs, found {'neither' if suite is None else 'both'}")
+    if suite is None and overrides:
+        raise ValueError(
+            "--set: expected with --suite, whose keys it changes, found with --pairs; leave it out"
+        )
     config = (
         suite_of_pairs(pairs or []) if suite is None else settings.load(SuiteConfig, suite, overrides or [])
     )

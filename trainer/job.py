@@ -39,7 +39,7 @@ def evaluate(
 ) -> Results | None:
     """Results of a network on a suite called `name`, also written to the folder `out`; None but on rank 0.
 
-    `path` is a checkpoint, a run (its newest), or a file of `lgaf checkpoint extract`.
+    `path` is a checkpoint, a run (its newest), or a network's file (.pt, .safetensors).
     """
     with join() as ranks, _progress(ranks) as progress:
         if ranks.is_first and out is not None:

@@ -10,13 +10,13 @@ import typer
 
 from data_pipeline.terminal import progress_bar
 
-_NETWORK_HELP = "a checkpoint's folder, a run directory (its newest), or a network's .pt or .safetensors file"
-_CHECKPOINT = typer.Option(metavar="CHECKPOINT", help=_NETWORK_HELP, show_default=False)
+NETWORK_HELP = "a checkpoint's folder, a run directory (its newest), or a network's .pt or .safetensors file"
+_CHECKPOINT = typer.Option(metavar="CHECKPOINT", help=NETWORK_HELP, show_default=False)
 _BAD_SHOWN = 10
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=_NETWORK_HELP, show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=NETWORK_HELP, show_default=False)],
     out: Annotated[
         Path,
         typer.Option(
