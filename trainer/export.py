@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 _TRACED, _CHECKED = 2, 3
 _FACTS_FILE = "lgaf.json"
 
-Embedder = Callable[[Tensor], Tensor]
+Embed = Callable[[Tensor], Tensor]
 
 
 class Format(NamedTuple):
@@ -45,7 +45,7 @@ class Format(NamedTuple):
 
     packages: tuple[str, ...]
     write: Callable[[Network, Path], None]
-    read: Callable[[Path], Embedder | None]
+    read: Callable[[Path], Embed | None]
 
 
 def export(network: Network, out: Path) -> float | None:
@@ -74,7 +74,7 @@ def format_of(out: Path) -> Format:
 
 
 @torch.no_grad()
-def _difference(network: Network, embed: Embedder | None, out: Path) -> float | None:
+def _difference(network: Network, embed: Embed | None, out: Path) -> float | None:
     if embed is None:
         return None
     size = network.image_size
@@ -115,7 +115,7 @@ def _traced(network: Network) -> ExportedProgram:
         return torch.export.export(module, (images_BCHW,), dynamic_shapes=({0: Dim("batch")},))
 
 
-def _read_safetensors(path: Path) -> Embedder:
+def _read_safetensors(path: Path) -> Embed:
     model = load_backbone(path)
     return lambda images_BCHW: model(images_BCHW).emb_BD
 
@@ -124,7 +124,7 @@ def _write_pt2(network: Network, out: Path) -> None:
     torch.export.save(_traced(network), out, extra_files={_FACTS_FILE: json.dumps(network.facts())})
 
 
-def _read_pt2(path: Path) -> Embedder:
+def _read_pt2(path: Path) -> Embed:
     with _quiet():
         return torch.export.load(path).module()
 
@@ -144,7 +144,7 @@ def _write_onnx(network: Network, out: Path) -> None:
     program.save(out, external_data=False)  # one file, which may have up to 2 GiB
 
 
-def _read_onnx(path: Path) -> Embedder | None:
+def _read_onnx(path: Path) -> Embed | None:
     if find_spec("onnxruntime") is None:
         return None
     session = require("onnxruntime", "dev").InferenceSession(path, providers=["CPUExecutionProvider"])
