@@ -42,17 +42,20 @@ def staged_file(out: Path) -> Iterator[Path]:
     """A hidden name beside `out` with the same suffix, to write a file to.
 
     The file is put on the disk and gets the name `out`, which may be another's until then, when the block is
-    left without an exception; else it is removed. Raises ValueError if there is no folder for it.
+    left without an exception; else it is removed.
+
+    Raises ValueError if there is no folder for it, and OSError, naming it, if the disk is full.
     """
     if not out.parent.is_dir() or out.is_dir():
         found = "a folder" if out.is_dir() else f"no folder {out.parent}"
         raise ValueError(f"{out}: expected a file to write in a folder that is there, found {found}")
     partial = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, out)
+        with naming_full_disks(out):
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -92,7 +95,7 @@ def naming_full_disks(out: Path) -> Iterator[None]:
             raise
         free_gb = shutil.disk_usage(out.parent).free / 1e9
         raise OSError(
-            f"{out}: expected room for a dataset, found none ({error.strerror}; {free_gb:.1f} GB are free "
+            f"{out}: expected room to write, found none ({error.strerror}; {free_gb:.1f} GB are free "
             "now); nothing unfinished was left under a final name; free some space, or write elsewhere"
         ) from error
 
