@@ -18,9 +18,13 @@ def test_a_file_gets_its_name_at_the_end(tmp_path):
     assert os.listdir(tmp_path) == ["faces.npz"]
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
-    message = r"faces\.npz: expected room to write, found none \(No space left"
-    with pytest.raises(OSError, match=message), staged_file(tmp_path / "faces.npz") as partial:
+def fills_the_disk(out):
+    with staged_file(out) as partial:
         partial.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"faces\.npz: expected room to write, found none \(No space left"):
+        fills_the_disk(tmp_path / "faces.npz")
     assert os.listdir(tmp_path) == []
