@@ -9,7 +9,8 @@
     error           text: why the file is no picture, empty where it is one; the row's numbers are NaN then
 
 An .npz is collected in memory, 2 GB for a million pictures with 512 numbers and twice that while it is
-written; a .parquet is written as the rows come. What holds for all rows stands in arrays without dimension, or in the schema's metadata.
+written; a .parquet is written as the rows come. What holds for all rows stands in arrays without dimension,
+or in the schema's metadata.
 """
 
 from __future__ import annotations

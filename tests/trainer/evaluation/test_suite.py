@@ -249,3 +249,8 @@ def test_a_suite_with_a_mistake_is_refused(text, complaint, tmp_path):
 def test_eval_wants_a_suite_or_pairs(options):
     done = CliRunner().invoke(app, ["eval", "network.pt", *options])
     assert "expected --suite or --pairs, found " in str(done.exception)
+
+
+def test_eval_of_pairs_has_no_keys_to_change():
+    done = CliRunner().invoke(app, ["eval", "network.pt", "--pairs", "b.bin", "--set", "folder=x"])
+    assert "--set: expected with --suite" in str(done.exception)
