@@ -224,11 +224,11 @@ def twin_width(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace, name: str, seed: int) -> Backbone:
     run_dir = options.folder / f"{name.replace(' ', '_')}-{seed}"
     out = run_dir.with_suffix(".pt")
-    if not out.exists():
-        given = [*words(options, name), f"run_dir={json.dumps(str(run_dir))}", f"seed={seed}"]
-        lgaf(["train", str(CONFIG), *(word for one in given for word in ("--set", one))], options.threads)
-        lgaf(["checkpoint", "extract", str(run_dir), "--out", str(out)], options.threads)
-        print(f"{name}, seed {seed}: trained", file=sys.stderr)
+    given = [*words(options, name), f"run_dir={json.dumps(str(run_dir))}", f"seed={seed}"]
+    # A run that has ended is not repeated, and one of another configuration refused.
+    lgaf(["train", str(CONFIG), *(word for one in given for word in ("--set", one))], options.threads)
+    lgaf(["checkpoint", "extract", str(run_dir), "--out", str(out)], options.threads)
+    print(f"{name}, seed {seed}: trained", file=sys.stderr)
     return load_backbone(out)
 
 
