@@ -250,11 +250,11 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
     for one in seen:
         sharp_NK = one.norm_NSK[:, 1]
         shifted.append((one.norm_NSK - sharp_NK.mean(0)) / sharp_NK.std(0))
-    norm_NSK, weight_NSK = np.concatenate(shifted), np.concatenate([one.weight_NSK for one in seen])
+    norm_NSK = np.concatenate(shifted)
     return {
         "norm_mean_SK": norm_NSK[:, 1:].mean(0).tolist(),
         "norm_std_SK": norm_NSK[:, 1:].std(0).tolist(),
-        "local_weight_S": weight_NSK[:, 1:, LOCAL].mean(0).tolist(),
+        "local_weight_RS": [one.weight_NSK[:, 1:, LOCAL].mean(0).tolist() for one in seen],
         "norms_of_both_branches": _correlation(norm_NSK[:, 1:, GLOBAL], norm_NSK[:, 1:, LOCAL]),
         "norm_and_strength": {
             kind: [
@@ -320,10 +320,13 @@ def show(report: dict[str, Any]) -> None:
         ahead = np.subtract(*(seeds_by_kind(report[key][name])["degraded"] for name in ("lgaf", "twin")))
         each = ", ".join(f"{100 * one:+.2f}" for one in ahead)
         print(f"\nlgaf ahead of its twin on degraded faces: {100 * ahead.mean():+.2f} (seed by seed {each})")
-    print("\nlgaf's attention to the local branch, from sharp pictures to the strongest degradation:\n")
-    weights = [None, *report["attention"]["local_weight_S"]]
+    print("\nlgaf's attention to the local branch, from sharp pictures to the strongest degradation,")
+    print("and how far it has moved there, seed by seed:\n")
+    weight_RS = np.array(report["attention"]["local_weight_RS"])
     for kind, columns in _columns().items():
-        print(f"{kind:15s} " + " ".join(f"{weights[column]:.3f}" for column in columns))
+        path_RS = weight_RS[:, np.array(columns) - 1]
+        means = " ".join(f"{mean:.3f}" for mean in path_RS.mean(0))
+        print(f"{kind:15s} {means}   " + ", ".join(f"{way:+.3f}" for way in path_RS[:, -1] - path_RS[:, 0]))
 
 
 def seeds_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:
@@ -336,7 +339,7 @@ def page(report: dict[str, Any]) -> str:
     """Norms and attention against strength, one chart for each kind of degradation, as in the paper."""
     found = report["attention"]
     mean_SK, std_SK = (np.array(found[key]) for key in ("norm_mean_SK", "norm_std_SK"))
-    weight_S = np.array(found["local_weight_S"])
+    weight_S = np.mean(found["local_weight_RS"], axis=0)
     norms, weights = [], []
     for number, (kind, columns) in enumerate(_columns().items()):
         rows = np.array(columns) - 1
@@ -358,7 +361,7 @@ def page(report: dict[str, Any]) -> str:
         "Mean and deviation, in deviations of sharp pictures; correlation of either norm with the strength.",
     ) + report_page.section("Attention", report_page.grid([attention], "halves"))
     together = f"norms of both branches: correlation {found['norms_of_both_branches']:+.2f}"
-    return report_page.page("LGAF on bad faces", together, body)
+    return report_page.page("LGAF on bad faces", together, body, kind="benchmark")
 
 
 def main() -> None:
