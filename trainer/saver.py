@@ -14,6 +14,7 @@ A save that fails does not end the training, but for that of the last step.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -101,8 +102,10 @@ class Saver:
         """Wait for the save that runs, if any, and let go of the process group: nothing is saved after it."""
         self._finish()
         dist.destroy_process_group(self._own)
-        # Its threads end with the last reference; they must not live on when Python ends.
+        # Its threads end with the last reference; they must not live on when Python ends. The traceback of a
+        # save that failed has one too, in a cycle.
         del self._own, self._mesh
+        gc.collect()
 
     def _finish(self, *, is_last: bool = False) -> None:
         """Wait for the save that runs, if any; its result is counted and said or, if the last, raised."""

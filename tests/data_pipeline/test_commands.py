@@ -1,7 +1,6 @@
 """`lgaf data`, as one types it."""
 
 import io
-import re
 
 import numpy as np
 import pytest
@@ -96,13 +95,9 @@ def test_inspect_refuses_a_configuration_without_augmentation(dataset, tmp_path)
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_the_augmentation_proposed_in_a_recipe_is_valid(pytestconfig, tmp_path):
-    recipe = (pytestconfig.rootpath / "configs" / "lgaf_r100_webface4m.toml").read_text()
-    assert "# [data.augment]" in recipe
-    (tmp_path / "proposed.toml").write_text(
-        re.sub(r"^# (\[data.augment\]|\w+\.probability)", r"\1", recipe, flags=re.M)
-    )
-    config = settings.load(commands._AugmentFile, tmp_path / "proposed.toml").data.augment
+def test_the_augmentation_of_a_recipe_can_be_looked_at(pytestconfig):
+    recipe = pytestconfig.rootpath / "configs" / "lgaf_r100_webface4m.toml"
+    config = settings.load(commands._AugmentFile, recipe).data.augment
     assert augment.of_samples(config, 0, np.arange(1)).changes.keys() == {
         "crop",
         "low_resolution",
