@@ -166,7 +166,11 @@ def useful_share(folder: Path, data: Path, mean_s: float, seed: int, steps: int,
                 kills.append(time.time())
     wall_s = time.time() - began
     ends = sorted(record["time_s"] for record in records.read(run_dir) if record["kind"] == "train")
-    step_s = statistics.median(after - before for before, after in itertools.pairwise(ends))
+    step_s = statistics.mean(
+        after - before
+        for before, after in itertools.pairwise(ends)
+        if not any(before < killed < after for killed in kills)
+    )
     starts = [
         next(end for end in [*ends, math.inf] if end > killed) - killed - step_s
         for killed, next_kill in itertools.pairwise([*kills, math.inf])
