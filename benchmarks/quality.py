@@ -190,7 +190,7 @@ def words(options: argparse.Namespace, name: str) -> list[str]:
     """KEY=VALUE for `lgaf train`: what makes this network."""
     backbone = dict(NETWORKS[name])
     if name == "twin":
-        backbone["width"] = twin_width(options)
+        backbone["width"] = options.twin_width
     given = {"data.path": str(options.folder / "people"), "run_dir": str(options.folder / "run")}
     given |= LARGE if options.large else {}
     given |= {f"backbone.{key}": value for key, value in backbone.items()}
@@ -384,6 +384,7 @@ def main() -> None:
     options.folder = options.folder.resolve()
     options.networks = [name for name in NETWORKS if name in ("lgaf", "twin", *options.networks)]
     options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.twin_width = twin_width(options)
     report = measure(options)
     show(report)
     if options.json:
