@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor
 
 from trainer import checkpoint_files as files
-from trainer.checkpoint_files import CheckpointError, FileSum, Header
+from trainer.checkpoint_files import CheckpointError, Header
+from trainer.summed_files import FileSum, SummedFile
 
 _PICKLED = {
     "torch.distributed.checkpoint.metadata": (
@@ -265,7 +266,7 @@ class _SummingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         """Open a file; what is written to it is summed."""
         with open(path, mode) as raw:
-            stream = files.SummedFile(cast(BinaryIO, raw))
+            stream = SummedFile(cast(BinaryIO, raw))
             yield stream
         self.sums[Path(path).name] = stream.sum
 

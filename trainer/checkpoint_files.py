@@ -23,13 +23,13 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from data_pipeline.staging import write_through
+from trainer.summed_files import FileSum
 
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"step-(\d+)")
-_PIECE = 1 << 20
 
 
 class CheckpointError(ValueError):
@@ -48,14 +48,6 @@ class Header:
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """The size of a file in bytes and its CRC-32 as eight hexadecimal digits."""
-
-    size: int
-    crc32: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The header, when it was written (seconds since 1970), and the sums of all files but the manifest."""
 
@@ -68,45 +60,6 @@ class Look(Protocol):
     """Looks at one part of `parts` of a checkpoint's files; returns what is wrong, None if nothing is."""
 
     def __call__(self, checkpoint: Path, part: int = 0, parts: int = 1) -> str | None: ...
-
-
-class SummedFile:
-    """A file being written, whose sum is known when its last byte is."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self._size, self._crc = raw, 0, 0
-
-    @property
-    def sum(self) -> FileSum:
-        """Of all bytes until now."""
-        return FileSum(self._size, f"{self._crc:08x}")
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write all of `data`."""
-        whole = memoryview(data).cast("B")
-        # In pieces that stay in the processor's cache between the sum and the copy.
-        for start in range(0, len(whole), _PIECE):
-            piece = whole[start : start + _PIECE]
-            self._crc = zlib.crc32(piece, self._crc)
-            self._raw.write(piece)
-        self._size += len(whole)
-        return len(whole)
-
-    def tell(self) -> int:
-        """The number of bytes until now."""
-        return self._size
-
-    def flush(self) -> None:
-        """Hand to the system what was written."""
-        self._raw.flush()
-
-    def fileno(self) -> int:
-        """The descriptor, for fsync."""
-        return self._raw.fileno()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._raw.close()
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -259,7 +212,7 @@ def _wrong_size(path: Path, wanted: FileSum) -> str | None:
 
 def _wrong_sum(path: Path, wanted: FileSum) -> str | None:
     try:
-        found = _sum_of(path)
+        found = FileSum.of(path)
     except OSError as error:
         return f"{path}: expected a file that can be read, found: {error.strerror}"
     return None if found == wanted else f"{path}: expected CRC-32 {wanted.crc32}, found {found.crc32}"
@@ -268,16 +221,6 @@ def _wrong_sum(path: Path, wanted: FileSum) -> str | None:
 def _share(manifest: Manifest, part: int, parts: int) -> Iterable[tuple[str, FileSum]]:
     """Large files are dealt out before small ones, so that no part is left with several large ones."""
     return sorted(manifest.files.items(), key=lambda item: -item[1].size)[part::parts]
-
-
-def _sum_of(path: Path) -> FileSum:
-    size = crc = 0
-    piece = bytearray(_PIECE)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            crc = zlib.crc32(memoryview(piece)[:count], crc)
-            size += count
-    return FileSum(size, f"{crc:08x}")
 
 
 def _sealed(manifest: Manifest) -> str:

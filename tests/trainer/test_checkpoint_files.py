@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer import checkpoint_files as files
-from trainer.checkpoint_files import FileSum, Header
+from trainer.checkpoint_files import Header
+from trainer.summed_files import FileSum
 
 
 def write(run_dir, step, content=b"tensors", config=()):

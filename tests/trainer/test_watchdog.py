@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -42,6 +43,8 @@ def two_ranks(faces, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     for process in both:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("train") > 30, process)
+    # Thirty steps may take less than a beat; then each has not read yet that the other has done any.
+    time.sleep(3 * watchdog._BEAT_S)
     yield both
     for process in both:
         process.kill()

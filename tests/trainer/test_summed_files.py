@@ -1,0 +1,50 @@
+"""A file's sum is that of all its bytes however they come, and the cache is told to let go of each once."""
+
+import errno
+import os
+import zlib
+
+import pytest
+
+from trainer import summed_files
+from trainer.summed_files import BriskFile, FileSum, SummedFile
+
+SMALL, LARGE = 1000, 3 * summed_files._PIECE + 17
+
+
+@pytest.mark.parametrize("sizes", [(), (SMALL, SMALL), (LARGE,), (SMALL, LARGE, SMALL, LARGE)])
+def test_the_sum_is_that_of_the_bytes_on_the_disk(tmp_path, sizes):
+    parts = [os.urandom(size) for size in sizes]
+    path = tmp_path / "file"
+    with open(path, "wb") as raw:
+        file = SummedFile(raw)
+        assert [file.write(memoryview(part)) for part in parts] == list(sizes)
+        assert file.tell() == sum(sizes)
+    content = b"".join(parts)
+    assert path.read_bytes() == content
+    assert file.sum == FileSum.of(path) == FileSum(len(content), f"{zlib.crc32(content):08x}")
+
+
+def test_a_full_disk_is_told_while_a_thread_sums():
+    full = os.strerror(errno.ENOSPC)
+    with open("/dev/full", "wb", buffering=0) as raw, pytest.raises(OSError, match=full):
+        SummedFile(raw).write(os.urandom(LARGE))
+
+
+def test_each_window_is_begun_when_it_is_written_and_let_go_once_it_is_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(summed_files, "_PIECE", 7)
+    monkeypatch.setattr(summed_files, "_WINDOW", 10)
+    monkeypatch.setattr(summed_files, "_BEGUN", 30)
+    advised = []
+    with open(tmp_path / "file", "wb", buffering=0) as raw:
+
+        def advise(handle, start, length, advice):
+            assert (handle, length, advice) == (raw.fileno(), 10, os.POSIX_FADV_DONTNEED)
+            assert start + length <= raw.tell()
+            advised.append(start)
+
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+        file = BriskFile(raw)
+        for size in (5, 40, 1, 19):
+            file.write(bytes(size))
+    assert advised == [0, 10, 20, 30, 0, 40, 10, 50, 20]

@@ -1,0 +1,107 @@
+"""Large files: written fast, summed as they pass, and soon gone from the system's cache."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+_PIECE = 1 << 20
+# How much the disk is told to begin with at a time, and how much it may have begun before some is let go.
+_WINDOW, _BEGUN = 8 << 20, 256 << 20
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """The size of a file in bytes and its CRC-32 as eight hexadecimal digits."""
+
+    size: int
+    crc32: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileSum:
+        """Read a file. Raises OSError."""
+        size = crc = 0
+        piece = bytearray(_PIECE)
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(piece):
+                crc = zlib.crc32(memoryview(piece)[:count], crc)
+                size += count
+        return cls(size, f"{crc:08x}")
+
+
+class BriskFile:
+    """A new file whose bytes the disk begins to take at once, and the system's cache soon forgets.
+
+    Left alone, the system keeps all of them, instead of the images it had, and begins to write when that is
+    too much, while whoever writes has to wait. Pages that are used again also cost less than new ones.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._size, self._begun = raw, 0, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`."""
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), _PIECE):
+            piece = whole[start : start + _PIECE]
+            self._raw.write(piece)
+            self._size += len(piece)
+            while self._size - self._begun >= _WINDOW:
+                # Told so, the system begins to write what it has not, and forgets what it has written.
+                self._no_need_of(self._begun)
+                self._no_need_of(self._begun - _BEGUN)
+                self._begun += _WINDOW
+        return len(whole)
+
+    def _no_need_of(self, start: int) -> None:
+        if start >= 0:
+            os.posix_fadvise(self._raw.fileno(), start, _WINDOW, os.POSIX_FADV_DONTNEED)
+
+    def tell(self) -> int:
+        """The number of bytes until now."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand to the system what was written."""
+        self._raw.flush()
+
+    def fileno(self) -> int:
+        """The descriptor, for fsync."""
+        return self._raw.fileno()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._raw.close()
+
+
+class SummedFile(BriskFile):
+    """One whose sum is known when its last byte is."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        super().__init__(raw)
+        self._crc = 0
+
+    @property
+    def sum(self) -> FileSum:
+        """Of all bytes until now."""
+        return FileSum(self._size, f"{self._crc:08x}")
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`, summed meanwhile by a thread if that is worth it."""
+        whole = memoryview(data).cast("B")
+        if len(whole) < _PIECE:
+            self._add(whole)
+            return super().write(whole)
+        summing = threading.Thread(target=self._add, args=(whole,))
+        summing.start()
+        try:
+            return super().write(whole)
+        finally:
+            summing.join()
+
+    def _add(self, data: memoryview) -> None:
+        self._crc = zlib.crc32(data, self._crc)
