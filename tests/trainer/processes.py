@@ -36,14 +36,19 @@ def children(process: subprocess.Popen[Any]) -> list[int]:
     return sorted(map(int, listed.stdout.split()))
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], object],
+    process: subprocess.Popen[str],
+    timeout_s: float = 180,
+    pause_s: float = 0.02,
+) -> None:
     """Wait until the condition holds; fails if the process ends before."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if process.poll() is not None:
             raise AssertionError(f"the run ended too early:\n{process.communicate()[1]}")
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(pause_s)
 
 
 def patched(folder: Path, code: str, *, ranks: int = 1) -> list[str | Path]:

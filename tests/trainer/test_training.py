@@ -1,12 +1,13 @@
 """Whole trainings in real processes: what they leave, that they learn, go on after a kill, fail as one."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
-import time
 import urllib.request
 
 import pytest
@@ -19,10 +20,12 @@ from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.synthetic_set import write_set
 from data_pipeline.verification import read_pairs
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
+from tests.trainer.processes import children, kill_all, wait_for
 from trainer import checkpoint_files, extraction
 
 STEPS = 24
 SMALL_DISK = 128 << 10
+EXT4_IOC_SHUTDOWN, EXT4_GOING_FLAGS_NOLOGFLUSH = 0x8004587D, 2  # of Linux's fs/ext4/ext4.h
 OPTIONS = (
     f"steps={STEPS}",
     "optimizer.warmup_steps=4",
@@ -56,21 +59,6 @@ def killed(faces, tmp_path_factory):
         kill_all(process)
     assert not (run_dir / "result.json").exists()
     return run_dir
-
-
-def wait_for(condition, process, timeout_s=180, pause_s=0.02):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(pause_s)
-
-
-def kill_all(process):
-    """Kill torchrun and its ranks, which it starts in sessions of their own."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True, capture_output=True)
-    for pid in [process.pid, *map(int, listed.stdout.split())]:
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_training_learns_and_leaves_what_it_should(straight):
@@ -169,36 +157,74 @@ def test_a_full_disk_ends_the_run_only_at_its_last_step(faces, tmp_path):
     assert not list((run_dir / "checkpoints").iterdir())
 
 
+def mount(*words):
+    done = subprocess.run(["mount", *map(str, words)], text=True, capture_output=True)
+    if done.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+
 @pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a file system with room for a run's records and for no checkpoint."""
+def disk(tmp_path):
+    """Where a file system can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", folder], text=True, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_is_waited_out(small_disk, faces):
-    run_dir = small_disk / "run"
+def wait_out(run_dir, faces, problem, mend, spoil=lambda process: None):
+    """Train until a save is said to have failed, mend what was wrong, and see that nothing else was."""
     words = command(*train_words(run_dir, faces, *OPTIONS, "log_every_steps=2", "steps=60"), ranks=2)
     with subprocess.Popen(
         words, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
+        spoil(process)
         said = next(line for line in process.stderr if "Training goes on" in line)
-        assert "No space left on device" in said
-        assert not list(run_dir.glob("checkpoints/step-*"))
-        subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+        assert problem in said
+        mend()
         _, said_later = process.communicate(timeout=180)
     assert process.returncode == 0, said_later
     assert "Training goes on" not in said_later
     assert list(losses(run_dir)) == list(range(1, 61))
-    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    kept = sorted(path.name for path in (run_dir / "checkpoints").glob("*step-*"))
     assert kept == ["step-00000056", "step-00000060"]
+    assert all(checkpoint_files.damage(run_dir / "checkpoints" / name) is None for name in kept)
+
+
+def test_a_full_disk_is_waited_out(disk, faces):
+    # Room for a run's records and for no checkpoint.
+    mount("-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", disk)
+
+    def mend():
+        assert not list(disk.glob("run/checkpoints/step-*"))
+        mount("-o", "remount,size=64m", disk)
+
+    wait_out(disk / "run", faces, "No space left on device", mend)
+
+
+def test_a_lost_file_system_is_waited_out(disk, faces, tmp_path):
+    image, run_dir = tmp_path / "image", tmp_path / "run"
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    if subprocess.run(["mkfs.ext4", "-q", image]).returncode != 0:
+        pytest.skip("no ext4 can be made here")
+    mount("-o", "loop", image, disk)
+    (disk / "held").mkdir()
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(disk / "held")
+
+    def lose(process):
+        """What the kernel does itself when the device is gone; from then on all is an input/output error."""
+        wait_for((disk / "held" / "step-00000008").exists, process)
+        handle = os.open(disk, os.O_RDONLY)
+        fcntl.ioctl(handle, EXT4_IOC_SHUTDOWN, struct.pack("I", EXT4_GOING_FLAGS_NOLOGFLUSH))
+        os.close(handle)
+
+    def mend():
+        subprocess.run(["umount", "--lazy", disk], check=True)
+        mount("-o", "loop", image, disk)
+
+    wait_out(run_dir, faces, "Input/output error", mend, spoil=lose)
 
 
 def test_ranks_killed_while_they_save_go_on_from_the_checkpoint_before(straight, faces, tmp_path):
@@ -208,10 +234,10 @@ def test_ranks_killed_while_they_save_go_on_from_the_checkpoint_before(straight,
         words, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         wait_for(lambda: list(run_dir.glob("checkpoints/step-*")), process)
-        listed = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True)
+        ranks = children(process)
         folder = run_dir / "checkpoints"
         wait_for(lambda: (folder / ".step-00000016.part").exists(), process, pause_s=0)
-        for pid in [process.pid, *map(int, listed.stdout.split())]:
+        for pid in [process.pid, *ranks]:
             os.kill(pid, signal.SIGKILL)
     # That which a kill at another instant would have left.
     shutil.copytree(folder / "step-00000008", folder / ".step-00000032.part")
