@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from data_pipeline import conversion, inspection, packing, settings, synthetic_s
 from data_pipeline.catalog import Catalog, open_catalog, read_property
 from data_pipeline.config import AugmentConfig
 from data_pipeline.synthetic import SynthConfig
+from data_pipeline.synthetic_shard import write_shard
 from data_pipeline.terminal import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Make, pack, convert, inspect and validate face datasets.")
@@ -42,20 +45,22 @@ def _print_keys(wanted: bool) -> None:
         raise typer.Exit
 
 
+_SetFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="TOML file with the set's configuration.")
+]
+_SetKeys = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."),
+]
+
+
 @app.command()
 def synth(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where to write; a new or empty folder.", show_default=False)
     ],
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML file with the set's configuration.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."
-        ),
-    ] = None,
+    config: _SetFile = None,
+    overrides: _SetKeys = None,
     help_config: Annotated[
         bool,
         typer.Option(
@@ -84,6 +89,33 @@ def synth(
         f"{folder}: {wanted.images} images of {wanted.identities} people, {wanted.pairs} pairs of "
         f"{wanted.held_out_identities} others ({seconds:.1f} s, {rate:.0f} images/s)"
     )
+
+
+@app.command()
+def paint(
+    part: Annotated[
+        str,
+        typer.Argument(
+            metavar="K/N", help="Which part to paint, of how many: 0/50 to 49/50.", show_default=False
+        ),
+    ],
+    config: _SetFile = None,
+    overrides: _SetKeys = None,
+) -> None:
+    """Paint synthetic people to train on as a tar shard, on standard output: to stream, not to store.
+
+    The pictures are those of `lgaf data synth` with the same configuration. A
+    training that streams them paints them itself, and no disk holds them:
+
+    data.shards = ["pipe:lgaf data paint {0..49}/50 --set identities=100000"]
+    """
+    wanted = settings.load(SynthConfig, config, overrides or [])
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(f"{part}: expected a part and how many there are, such as 0/50 or 49/50")
+    if sys.stdout.isatty():
+        raise ValueError("standard output: expected a file or a pipe for a tar shard, found a terminal")
+    write_shard(sys.stdout.buffer, wanted, int(found[1]), int(found[2]))
 
 
 @app.command()

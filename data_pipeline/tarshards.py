@@ -292,6 +292,22 @@ def _pax_records(text: bytes, where: str, at: int) -> dict[bytes, bytes]:
     return records
 
 
+def sample(number: int, image: bytes, label: int) -> bytes:
+    """The members of sample `number`: an encoded image and its label. A shard is some of these, then END.
+
+    Nothing of time or user is in them.
+
+    Raises ValueError for an empty image or a label that is not in [0, 2^63).
+    """
+    if not image or not 0 <= label <= _LARGEST_LABEL:
+        raise ValueError(
+            f"sample {number}: expected an image and a label from 0 to {_LARGEST_LABEL}, "
+            f"found {len(image)} bytes and label {label}"
+        )
+    name = f"{number:09d}"
+    return _member(f"{name}.{_suffix(image)}", image) + _member(f"{name}.cls", b"%d" % label)
+
+
 class ShardWriter:
     """Writes samples into `folder` as `train-000000.tar`, `train-000001.tar`, ...
 
@@ -324,15 +340,9 @@ class ShardWriter:
 
         Raises ValueError for an empty image or a label that is not in [0, 2^63).
         """
-        if not image or not 0 <= label <= _LARGEST_LABEL:
-            raise ValueError(
-                f"sample {self._sample}: expected an image and a label from 0 to {_LARGEST_LABEL}, "
-                f"found {len(image)} bytes and label {label}"
-            )
-        name = f"{self._sample:09d}"
-        members = _member(f"{name}.{_suffix(image)}", image) + _member(f"{name}.cls", b"%d" % label)
+        members = sample(self._sample, image, label)
         if self._file is not None and (
-            self._held == self._samples or self._file.tell() + len(members) + len(_END) > self._size_bytes
+            self._held == self._samples or self._file.tell() + len(members) + len(END) > self._size_bytes
         ):
             self._finish()
         if self._file is None:
@@ -361,7 +371,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._file is not None
-        self._file.write(_END)
+        self._file.write(END)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -383,7 +393,7 @@ def shard_name(number: int) -> str:
 
 
 # Two blocks of zeros end a tar.
-_END = 2 * _ZEROS
+END = 2 * _ZEROS
 
 
 def _member(name: str, content: bytes) -> bytes:

@@ -21,7 +21,7 @@ def test_all_sides_write_the_state(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
-    assert list(report["sides"]) == ["raw", "insightface", "synchronous", "beside"]
+    assert list(report["sides"]) == ["raw", "raw, brisk", "insightface", "synchronous", "beside"]
     for name, timing in report["sides"].items():
         assert report["state_bytes"] <= timing["disk_bytes"] < 1.02 * report["state_bytes"], name
         assert timing["held_s"] <= timing["total_s"]
