@@ -20,18 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 
 from data_pipeline.loader import Batch, Loader, Share
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.remote_loader import RemoteLoader
 from data_pipeline.source import Place, Source, open_source
-from partial_fc.head import PartialFC
-from trainer import backbones, checkpoint, checkpoint_files
-from trainer.backbones import weights
-from trainer.config import RunConfig, differences, micro_batch
+from trainer import checkpoint, checkpoint_files
+from trainer.config import RunConfig, micro_batch
 from trainer.distributed import Ranks
-from trainer.engine import Engine
 from trainer.evaluation.during_training import Evaluation
 from trainer.evaluation.embedding import Embedder, Interrupted
 from trainer.evaluation.tables import shown, title
@@ -44,6 +40,7 @@ from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.signals import EXIT_CODE, StopRequest, name_of
 from trainer.step import Outcome, seed_dropout, train_step
+from trainer.trained import Trained, agreed_checkpoint, begin
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _FIGURES_SHOWN = 3
@@ -63,12 +60,13 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     evaluation = Evaluation(config.verification_files(), config.evaluation.suite)
     if ranks.is_first:
         _make_run_dir(config.run_dir)
-    first_step, cursor, engine, head = _open_model(config, source, ranks, micro)
+    trained, saved = begin(config, source, ranks, micro)
+    first_step, cursor = (saved.step, saved.cursor) if saved else (0, None)
     records = Records(config.run_dir, first_step) if ranks.is_first else None
     steps = config.total_steps(source.images)
     with Display(steps, first_step, enabled=ranks.is_first) as display:
         training = _Training(
-            config, ranks, stop, share, source, evaluation, engine, head, records, display, steps, cursor
+            config, ranks, stop, share, source, evaluation, trained, records, display, steps, cursor
         )
         stopped_by = training.execute(first_step)
     if not stopped_by and ranks.is_first:
@@ -88,88 +86,6 @@ def _make_run_dir(run_dir: Path) -> None:
         ) from error
 
 
-def _open_model(
-    config: RunConfig, source: Source, ranks: Ranks, micro: int
-) -> tuple[int, list[list[int]] | None, Engine, PartialFC]:
-    """Steps done when the run was last saved, the stream's cursor, network and head as they were; or new."""
-    torch.manual_seed(config.seed)
-    model = backbones.build(config.backbone, config.data.image_size).to(ranks.device)
-    head = PartialFC(
-        config.head,
-        num_classes=source.num_classes,
-        embedding_size=model.embedding_size,
-        seed=config.seed,
-        group=ranks.group,
-        device=ranks.device,
-    )
-    latest = _agreed_checkpoint(config, ranks)
-    if latest is not None:
-        _refuse_changes(config, source, checkpoint_files.read_manifest(latest).header)
-    elif config.backbone.weights is not None:
-        _load_weights(model, config.backbone.weights, ranks)
-    engine = Engine(
-        model,
-        config.engine,
-        config.optimizer,
-        micro_batch=micro,
-        group=ranks.group,
-        device=ranks.device,
-    )
-    if latest is None:
-        return 0, None, engine, head
-    header = _restore(latest, engine, head, ranks)
-    return header.step, header.cursor, engine, head
-
-
-def _state(engine: Engine, head: PartialFC) -> checkpoint.State:
-    """All that is to be saved; all ranks call it together."""
-    return {**engine.state(), "head": head.logical_state()}
-
-
-def _restore(latest: Path, engine: Engine, head: PartialFC, ranks: Ranks) -> checkpoint_files.Header:
-    """Bring network and head to where a checkpoint has them."""
-    state = _state(engine, head)
-    checkpoint.load(latest, state, group=ranks.group)
-    engine.load_state(state)
-    return checkpoint_files.read_manifest(latest).header
-
-
-def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
-    """Begin with the weights in `file`. Raises ValueError if it does not fit or ranks see different ones."""
-    sums = [0] * ranks.world_size
-    dist.all_gather_object(sums, weights.load(model, file), group=ranks.group)
-    if len(set(sums)) > 1:
-        other = next(rank for rank, crc32 in enumerate(sums) if crc32 != sums[0])
-        raise ValueError(
-            f"backbone.weights = {file}: expected the same file on all ranks, found that those of ranks 0 "
-            f"and {other} differ; copy one to all nodes, or share it"
-        )
-
-
-def _agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, None if there is none; what killed saves have left goes."""
-    if ranks.is_first:
-        checkpoint_files.clean(config.run_dir)
-    return checkpoint.newest(config.run_dir, group=ranks.group)
-
-
-def _refuse_changes(config: RunConfig, source: Source, header: checkpoint_files.Header) -> None:
-    try:
-        # Keys that are newer than the checkpoint had their defaults then.
-        before = RunConfig.model_validate(header.config).model_dump(mode="json")
-    except ValidationError:
-        before = header.config
-    changed = differences(
-        {**before, "dataset": header.dataset},
-        {**config.model_dump(mode="json"), "dataset": source.identity},
-    )
-    if changed:
-        raise ValueError(
-            f"{config.run_dir} holds a run of another configuration, at step {header.step}; "
-            f"changed keys: {'; '.join(changed)}; change them back, or set another run_dir"
-        )
-
-
 class _Training:
     """The steps of a run on one rank, and what accompanies them."""
 
@@ -181,15 +97,14 @@ class _Training:
         share: Share,
         source: Source,
         evaluation: Evaluation,
-        engine: Engine,
-        head: PartialFC,
+        trained: Trained,
         records: Records | None,
         display: Display,
         steps: int,
         cursor: list[list[int]] | None,
     ) -> None:
         self.config, self.ranks, self.share, self.source = config, ranks, share, source
-        self.engine, self.head, self.records, self.display, self.steps = engine, head, records, display, steps
+        self.trained, self.records, self.display, self.steps = trained, records, display, steps
         self.evaluation, self.stop, self.metrics = evaluation, stop, Metrics()
         self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
         self.bad_records = self.quarantine.listed()
@@ -223,7 +138,7 @@ class _Training:
             if stopped_by:
                 self._say_leaving(stopped_by, f"nothing has changed since step {first_step}")
         if not stopped_by:
-            self.saver.prepare(_state(self.engine, self.head))
+            self.saver.prepare(self.trained.state())
         while done < self.steps and not stopped_by:
             done, stopped_by = self._steps_from(done)
         self.saver.close()
@@ -296,21 +211,21 @@ class _Training:
         self.display.say(f"{who}: {what}; leaving with exit code {EXIT_CODE}, to be started again")
 
     def _roll_back(self, failed_step: int, loss: float) -> int:
-        """Load the newest checkpoint into network and head; returns its step.
+        """Go back to the newest checkpoint; returns its step.
 
         Raises ValueError, on all ranks alike, if that would only lead here again, or there is none.
         """
         self.ranks.pulse.note(failed_step, "going back to a checkpoint", is_slow=True)
         self.saver.wait()
         is_worse = self.rollbacks == self.config.rollback_limit or failed_step <= self.failed_at
-        latest = None if is_worse else _agreed_checkpoint(self.config, self.ranks)
+        latest = None if is_worse else agreed_checkpoint(self.config, self.ranks)
         if latest is None:
             rate = self._rate(failed_step - 1)
             raise ValueError(
                 _diagnosis(failed_step, self.skips_in_a_row, self.rollbacks, loss, rate, self.config)
             )
         self.failed_at = failed_step
-        header = _restore(latest, self.engine, self.head, self.ranks)
+        header = self.trained.restore(latest, self.ranks)
         step, self.cursor = header.step, header.cursor
         self.rollbacks += 1
         self.metrics.rollbacks.inc()
@@ -329,8 +244,8 @@ class _Training:
         seed_dropout(self.config.seed, step, self.ranks.rank)
         batches = pace.waiting_for(islice(loader, self.share.accumulation))
         outcome = train_step(
-            self.engine,
-            self.head,
+            self.trained.engine,
+            self.trained.head,
             self._noted(step, batches, is_slow),
             step=step,
             label_N=loader.labels_of_step(step) if self.config.head.sample_rate < 1 else None,
@@ -418,7 +333,7 @@ class _Training:
 
     def _save(self, step: int, *, and_wait: bool = False) -> None:
         self.ranks.pulse.note(step, "saving", is_slow=True)
-        self.engine.synchronize_statistics()
+        self.trained.engine.synchronize_statistics()
         header = checkpoint_files.Header(
             step,
             self.config.model_dump(mode="json"),
@@ -426,9 +341,7 @@ class _Training:
             checkpoint.versions(),
             self._cursor(),
         )
-        self.saver.save(
-            lambda: _state(self.engine, self.head), header, is_last=and_wait or step == self.steps
-        )
+        self.saver.save(self.trained.state, header, is_last=and_wait or step == self.steps)
 
     def _cursor(self) -> list[list[int]] | None:
         """Where all ranks stand in a stream; None where the step says it."""
@@ -440,7 +353,7 @@ class _Training:
         """Returns 0, or the number of the signal that cut it short; then nothing is recorded."""
         if not self.evaluation.names:
             return 0
-        self.engine.synchronize_statistics()
+        self.trained.engine.synchronize_statistics()
         embedder = Embedder(
             lambda images_BCHW: self._embed(step, images_BCHW),
             self.config.data.image_size,
@@ -467,7 +380,7 @@ class _Training:
 
     def _embed(self, step: int, images_BCHW: torch.Tensor) -> torch.Tensor:
         self.ranks.pulse.note(step, "evaluating", is_slow=True)
-        return self.engine.embed(images_BCHW)
+        return self.trained.engine.embed(images_BCHW)
 
 
 def _diagnosis(step: int, skips: int, rollbacks: int, loss: float, rate: float, config: RunConfig) -> str:
