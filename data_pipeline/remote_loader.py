@@ -16,7 +16,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.decode import EncodedBatch
 from data_pipeline.loader import Batch, Decoding, Share
 from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError
-from data_pipeline.remote import RemoteError, RemoteSamples, Sample, resume
+from data_pipeline.remote import RemoteSamples, Sample, resume
+from data_pipeline.remote_bytes import RemoteError
 
 
 class RemoteLoader(Decoding):

@@ -22,8 +22,9 @@ from fsspec.asyn import AsyncFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import remote
-from data_pipeline.remote import Patience, RemoteError, RemoteSamples
+from data_pipeline import remote, remote_bytes
+from data_pipeline.remote import RemoteSamples
+from data_pipeline.remote_bytes import Patience, RemoteError
 
 SHARDS, WINDOW = 4, 8
 HASTY = Patience(attempts=4, timeout_s=5, backoff_s=0.001)
@@ -446,7 +447,7 @@ def test_a_command_that_gives_less_when_it_is_started_anew_is_an_error(folder, t
 
 
 def test_any_filesystem_of_fsspec_will_do(folder, monkeypatch):
-    monkeypatch.setattr(remote, "_RANGE_BYTES", 10_000)
+    monkeypatch.setattr(remote_bytes, "_RANGE_BYTES", 10_000)
     for shard in range(SHARDS):
         fsspec.filesystem("memory").pipe(f"/bucket/s-{shard}.tar", (folder / f"s-{shard}.tar").read_bytes())
     urls = remote.shard_urls(["memory://bucket/s-{0..3}.tar"])
@@ -474,7 +475,7 @@ class Shaky(AsyncFileSystem):
 
 
 def test_a_filesystem_with_coroutines_is_asked_again(folder, monkeypatch):
-    monkeypatch.setattr(remote, "_RANGE_BYTES", 10_000)
+    monkeypatch.setattr(remote_bytes, "_RANGE_BYTES", 10_000)
     fsspec.register_implementation("shaky", Shaky, clobber=True)
     urls = remote.shard_urls([f"shaky://{folder}/s-{{0..3}}.tar"])
     assert contents(read(urls, 100)) == contents(read(paths(folder), 100))

@@ -10,7 +10,8 @@ import webdataset as wds
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import Share
 from data_pipeline.quarantine import Quarantine, QuarantineError
-from data_pipeline.remote import RemoteError, first_cursor, shard_urls
+from data_pipeline.remote import first_cursor, shard_urls
+from data_pipeline.remote_bytes import RemoteError
 from data_pipeline.remote_loader import RemoteLoader
 
 SHARDS, SAMPLES = 3, 10
