@@ -6,8 +6,8 @@ One rank with a head of `--classes` x `--dim` rows and their momentum, and an ir
 own. The sides take turns for `--rounds` rounds, each writing into a new folder in DIR, on a disk that has
 nothing left to write; times are medians over the rounds.
 
-    raw           the same bytes from the same memory into one file, then fsync
-    raw, brisk    the same through trainer/summed_files.py's BriskFile: what the disk can do
+    raw           the same bytes from the same memory into one file, then fsync: a plain copy
+    raw, brisk    the same through trainer/summed_files.py's BriskFile, as checkpoints are written
     insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank,
                   state dicts of the partial fc, the backbone and the optimizer; no fsync, as there; no sums,
                   and a kill while it writes leaves a broken file under the final name
@@ -57,11 +57,14 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one side: seconds a step is held up, seconds until all is written, bytes it has on disk."""
+    """Of one side: seconds a step is held up, seconds until all is written, bytes it has on disk; the least
+    and the largest total of all rounds."""
 
     held_s: float
     total_s: float
     disk_bytes: int
+    least_s: float
+    largest_s: float
 
 
 def make_state(classes: int, dim: int, depth: int) -> State:
@@ -130,7 +133,7 @@ def measure(folder: Path, save: Callable[[Path], tuple[float, Callable[[], None]
     total_s = time.perf_counter() - started
     found = [path.stat() for path in folder.rglob("*") if path.is_file()]
     shutil.rmtree(folder)
-    return Timing(held_s, total_s, sum(stat.st_blocks * 512 for stat in found))
+    return Timing(held_s, total_s, sum(stat.st_blocks * 512 for stat in found), total_s, total_s)
 
 
 def at_once(
@@ -172,6 +175,8 @@ def median(timings: list[Timing]) -> Timing:
         statistics.median(t.held_s for t in timings),
         statistics.median(t.total_s for t in timings),
         timings[0].disk_bytes,
+        min(t.total_s for t in timings),
+        max(t.total_s for t in timings),
     )
 
 
@@ -232,11 +237,11 @@ def show(report: dict) -> None:
     print(
         f"{report['classes']} classes x {report['dim']}, iresnet{report['depth']}: {gib:.2f} GiB of state\n"
     )
-    print("| side | held up | total | GiB/s | on disk |\n| --- | --- | --- | --- | --- |")
+    print("| side | held up | total | from, to | GiB/s | on disk |\n" + "| --- " * 6 + "|")
     for name, t in report["sides"].items():
         print(
-            f"| {name} | {t['held_s']:.3f} s | {t['total_s']:.2f} s | {gib / t['total_s']:.2f} "
-            f"| {t['disk_bytes'] / 2**30:.3f} GiB |"
+            f"| {name} | {t['held_s']:.3f} s | {t['total_s']:.2f} s | {t['least_s']:.2f}, "
+            f"{t['largest_s']:.2f} s | {gib / t['total_s']:.2f} | {t['disk_bytes'] / 2**30:.3f} GiB |"
         )
     print(f"\nthe copy's memory, once, before the first step: {report['prepare_s']:.2f} s")
     print(f"held up / insightface's save: {report['held_to_insightface']:.3f} (to reach: under 0.1)")

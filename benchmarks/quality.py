@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -207,7 +206,7 @@ def painted_while_training(people: SynthConfig) -> str:
     """Shards that a training paints itself, of pictures that are stored nowhere."""
     keys = people.model_dump(include={"identities", "images_per_identity", "image_size"})
     given = " ".join(f"--set {key}={value}" for key, value in keys.items())
-    return f"pipe:{shlex.quote(sys.executable)} -m trainer data paint {{0..49}}/50 {given}"
+    return f"pipe:lgaf data paint {{0..49}}/50 {given}"
 
 
 def configured(options: argparse.Namespace, name: str) -> run_config.RunConfig:
@@ -246,7 +245,9 @@ def train(options: argparse.Namespace, name: str, seed: int) -> Backbone:
 
 
 def lgaf(command: list[str], threads: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    # `lgaf` lies beside Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, "-m", "trainer", *command], env=environment, capture_output=True, text=True
     )

@@ -53,6 +53,13 @@ _SetKeys = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."),
 ]
 
+_HelpKeys = Annotated[
+    bool,
+    typer.Option(
+        "--help-config", help="Print all configuration keys and end.", callback=_print_keys, is_eager=True
+    ),
+]
+
 
 @app.command()
 def synth(
@@ -61,12 +68,7 @@ def synth(
     ],
     config: _SetFile = None,
     overrides: _SetKeys = None,
-    help_config: Annotated[
-        bool,
-        typer.Option(
-            "--help-config", help="Print all configuration keys and end.", callback=_print_keys, is_eager=True
-        ),
-    ] = False,
+    help_config: _HelpKeys = False,
 ) -> None:
     """Paint synthetic people: a training set, and a verification set of other people.
 
@@ -101,11 +103,13 @@ def paint(
     ],
     config: _SetFile = None,
     overrides: _SetKeys = None,
+    help_config: _HelpKeys = False,
 ) -> None:
     """Paint synthetic people to train on as a tar shard, on standard output: to stream, not to store.
 
     The pictures are those of `lgaf data synth` with the same configuration. A
-    training that streams them paints them itself, and no disk holds them:
+    training that streams them paints them itself, and no disk holds them. Each
+    rank paints with all cores, unless processes says less:
 
     data.shards = ["pipe:lgaf data paint {0..49}/50 --set identities=100000"]
     """

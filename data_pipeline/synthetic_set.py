@@ -27,7 +27,8 @@ import numpy as np
 from data_pipeline.faces import Nuisances
 from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.parallel import in_order
-from data_pipeline.synthetic import Picture, SynthConfig, pairs_of, pictures
+from data_pipeline.recordio import FLOAT32_EXACT
+from data_pipeline.synthetic import AT_ONCE, Picture, SynthConfig, pairs_of, pictures
 from data_pipeline.verification import write_pairs
 
 # Part of every set's description: to be raised with any change to what is drawn or painted.
@@ -37,7 +38,6 @@ TRAIN_NUISANCES = "train_nuisances.tsv"
 PAIRS_NUISANCES = "held_out_nuisances.tsv"
 
 _DESCRIPTION = "synth.json"
-_AT_ONCE = 32  # pictures a process paints between two messages
 
 _COLUMNS = np.dtype(
     [("key", np.int64), ("identity", np.int64), ("number", np.int64)]
@@ -50,8 +50,10 @@ def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], 
 
     False if the folder already holds exactly this set. `progress` is called with the pictures done and all.
 
-    Raises ValueError if the folder holds anything else, or if another process is writing it.
+    Raises ValueError if the folder holds anything else, if another process is writing it, or if the set is
+    too large for the format.
     """
+    _require_room_in_format(config)
     folder = folder.resolve()
     if _holds_the_set(folder, config):
         return False
@@ -73,6 +75,16 @@ def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def _require_room_in_format(config: SynthConfig) -> None:
+    if config.images + config.identities + 1 > FLOAT32_EXACT:
+        raise ValueError(
+            f"identities = {config.identities} with images_per_identity = {config.images_per_identity}: an "
+            f"InsightFace dataset counts exactly up to {FLOAT32_EXACT} images and identities together, "
+            f"found {config.images + config.identities}; write several sets with other seeds, or stream it "
+            "(`lgaf data paint`)"
+        )
 
 
 def read_nuisances(path: Path) -> np.ndarray:
@@ -138,12 +150,12 @@ def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Genera
 
 def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Identities and numbers of all pictures, a few at a time."""
-    for start in range(0, config.images, _AT_ONCE):
-        image_N = np.arange(start, min(start + _AT_ONCE, config.images))
+    for start in range(0, config.images, AT_ONCE):
+        image_N = np.arange(start, min(start + AT_ONCE, config.images))
         yield image_N // config.images_per_identity, image_N % config.images_per_identity
     pairs = pairs_of(config)
-    for start in range(0, 2 * config.pairs, _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
+    for start in range(0, 2 * config.pairs, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
         yield pairs.identity_2P[part], pairs.number_2P[part]
 
 

@@ -10,16 +10,21 @@ import numpy as np
 
 from data_pipeline import order, tarshards
 from data_pipeline.parallel import in_order
-from data_pipeline.synthetic import SynthConfig, pictures
-
-_AT_ONCE = 32  # pictures a process paints between two messages
+from data_pipeline.synthetic import AT_ONCE, SynthConfig, pictures
 
 
 def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> None:
     """Paint one of `parts` parts of the set's training pictures, which together are all of them, once.
 
     In every part the people come in random order. The same arguments give the same bytes.
+
+    Raises ValueError if there are fewer pictures than parts.
     """
+    if parts > config.images:
+        raise ValueError(
+            f"{part}/{parts}: expected at most as many parts as pictures, found {config.images} "
+            f"(identities = {config.identities}, images_per_identity = {config.images_per_identity})"
+        )
     with contextlib.closing(in_order(pictures, _chunks(config, part, parts), config.processes)) as results:
         number = part
         for result in results:
@@ -33,7 +38,7 @@ def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> N
 def _chunks(
     config: SynthConfig, part: int, parts: int
 ) -> Iterator[tuple[SynthConfig, np.ndarray, np.ndarray]]:
-    for start in range(part, config.images, parts * _AT_ONCE):
-        position_N = np.arange(start, min(start + parts * _AT_ONCE, config.images), parts)
+    for start in range(part, config.images, parts * AT_ONCE):
+        position_N = np.arange(start, min(start + parts * AT_ONCE, config.images), parts)
         image_N = order.record_of(config.seed, position_N, config.images)
         yield config, image_N // config.images_per_identity, image_N % config.images_per_identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import zlib
@@ -52,14 +53,16 @@ class BriskFile:
             self._size += len(piece)
             while self._size - self._begun >= _WINDOW:
                 # Told so, the system begins to write what it has not, and forgets what it has written.
-                self._no_need_of(self._begun)
-                self._no_need_of(self._begun - _BEGUN)
+                self._no_need_of(self._begun, _WINDOW)
+                self._no_need_of(self._begun - _BEGUN, _WINDOW)
                 self._begun += _WINDOW
         return len(whole)
 
-    def _no_need_of(self, start: int) -> None:
-        if start >= 0:
-            os.posix_fadvise(self._raw.fileno(), start, _WINDOW, os.POSIX_FADV_DONTNEED)
+    def _no_need_of(self, start: int, length: int) -> None:
+        # Advice, which not every system takes.
+        with contextlib.suppress(OSError):
+            if start >= 0:
+                os.posix_fadvise(self._raw.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
     def tell(self) -> int:
         """The number of bytes until now."""
@@ -70,11 +73,14 @@ class BriskFile:
         self._raw.flush()
 
     def fileno(self) -> int:
-        """The descriptor, for fsync."""
+        """The descriptor, for fsync: the system has all bytes until now."""
+        self._raw.flush()
         return self._raw.fileno()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close; what is on the disk by now goes from the cache."""
+        self._raw.flush()
+        self._no_need_of(0, self._size)
         self._raw.close()
 
 
@@ -94,14 +100,15 @@ class SummedFile(BriskFile):
         """Write all of `data`, summed meanwhile by a thread if that is worth it."""
         whole = memoryview(data).cast("B")
         if len(whole) < _PIECE:
-            self._add(whole)
+            self._crc = zlib.crc32(whole, self._crc)
             return super().write(whole)
-        summing = threading.Thread(target=self._add, args=(whole,))
+        found: list[int] = []
+        summing = threading.Thread(target=lambda: found.append(zlib.crc32(whole, self._crc)))
         summing.start()
         try:
-            return super().write(whole)
+            super().write(whole)
         finally:
             summing.join()
-
-    def _add(self, data: memoryview) -> None:
-        self._crc = zlib.crc32(data, self._crc)
+        # Without a sum, if the thread failed: that must not pass for one.
+        [self._crc] = found
+        return len(whole)

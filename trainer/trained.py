@@ -29,18 +29,19 @@ class Trained(NamedTuple):
         """All that is to be saved, on the live memory."""
         return {**self.engine.state(), "head": self.head.logical_state()}
 
-    def restore(self, latest: Path, ranks: Ranks) -> Header:
-        """Bring both to where a checkpoint has them."""
+    def restore(self, folder: Path, ranks: Ranks) -> Header:
+        """Bring both to where a checkpoint has them. Raises CheckpointError."""
         state = self.state()
-        checkpoint.load(latest, state, group=ranks.group)
+        checkpoint.load(folder, state, group=ranks.group)
         self.engine.load_state(state)
-        return checkpoint_files.read_manifest(latest).header
+        return checkpoint_files.read_manifest(folder).header
 
 
 def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[Trained, Header | None]:
     """Network and head as the run was last saved, with the header that was saved; or new, with None.
 
-    Raises ValueError if the run directory holds another run, or the file of weights does not fit.
+    Raises ValueError if the run directory holds another run, or the file of weights does not fit, and
+    CheckpointError, which is one, if there are checkpoints but none can be read.
     """
     torch.manual_seed(config.seed)
     model = backbones.build(config.backbone, config.data.image_size).to(ranks.device)

@@ -279,9 +279,10 @@ def test_pictures_are_painted_as_they_are_taken():
     assert [(p.identity, p.number) for p in first] == [(0, number) for number in range(40)]
 
 
-def test_a_set_beyond_float32_is_refused():
+def test_a_set_beyond_float32_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"counts exactly up to 16777216 .*found 20200000; write several"):
-        SynthConfig(identities=200_000, images_per_identity=100)
+        write_set(tmp_path / "set", SynthConfig(identities=200_000, images_per_identity=100))
+    assert not list(tmp_path.iterdir())
 
 
 def test_pixels_do_not_tell_who_it_is():

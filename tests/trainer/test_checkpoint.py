@@ -122,6 +122,19 @@ def test_the_manifest_has_every_file_and_its_sum(saved):
         assert entry == files.FileSum(len(content), f"{zlib.crc32(content):08x}")
 
 
+def test_every_file_is_whole_when_it_is_synced(alone, tmp_path, monkeypatch):
+    synced, fsync = {}, os.fsync
+
+    def noted(handle):
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = checkpoint.save(tmp_path, state(0, 1, 1), header(1), keep=1, group=dist.group.WORLD)
+    for path in folder.iterdir():
+        assert synced[path.stat().st_ino] == path.stat().st_size, path
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run_dir, alone, capfd, harm, name):

@@ -1,5 +1,9 @@
 """The engine on several ranks is one plain step of torch on the whole batch, at every ZeRO stage."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -272,6 +276,18 @@ def assert_alike(found, expected, tolerance):
 @pytest.fixture(scope="module")
 def other_ways():
     return run_ranks(in_other_ways, 1)[0]
+
+
+def test_who_does_not_compile_does_not_wait_for_the_compiler():
+    code = """
+        import sys
+        from trainer import engine
+        from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+        from deepspeed.runtime.zero.muon.original_muon import muon_update
+        assert muon_update.__name__ == "muon_update"
+        assert "torch._inductor" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=True)
 
 
 def test_a_missing_compiler_is_named(other_ways):
