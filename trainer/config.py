@@ -242,10 +242,9 @@ def micro_batch(config: RunConfig, world_size: int) -> int:
     per_rank, rest = divmod(config.global_batch, world_size)
     if rest:
         fitting = [n for n in range(1, config.global_batch + 1) if config.global_batch % n == 0]
-        near = sorted(fitting, key=lambda n: abs(n - world_size))[:4]
         raise ValueError(
-            f"a global_batch of {config.global_batch} does not divide by {world_size} ranks: use "
-            f"{' or '.join(map(str, sorted(near)))} ranks, or a multiple of {world_size} as global_batch"
+            f"a global_batch of {config.global_batch} does not divide by {world_size} ranks: use one of "
+            f"{', '.join(map(str, fitting))} ranks, or a multiple of {world_size} as global_batch"
         )
     return next(m for m in range(min(per_rank, config.micro_batch), 0, -1) if per_rank % m == 0)
 
