@@ -67,8 +67,9 @@ def test_micro_batch(world_size, micro, expected):
 
 
 def test_a_global_batch_that_does_not_divide_names_the_sizes_that_work():
+    sizes = "1, 2, 4, 8, 16, 32, 64, 128"
     with pytest.raises(
-        ValueError, match=r"128 does not divide by 3 ranks: use one of 1, 2, 4, 8, 16, 32, 64, 128 ranks, or"
+        ValueError, match=rf"global_batch of 128 does not divide by 3 ranks: use one of {sizes} ranks, or"
     ):
         micro_batch(load(), 3)
 
