@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import job
-from trainer.signals import Stopped
+from trainer.signals import Stopped, StopRequest
 
 # With a signal to terminate, Slurm requeues the job or cancels it by itself.
 _REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
@@ -24,7 +23,10 @@ _REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 def train(config: Path, overrides: Sequence[str] = ()) -> None:
     """As `trainer.job.train`, but a run that was told to stop by SIGUSR1 or SIGUSR2 is requeued."""
     try:
-        job.train(config, overrides)
+        with StopRequest() as stop:
+            from trainer import job
+
+            job.train(config, overrides, stop)
     except Stopped as stopped:
         if stopped.is_first and stopped.number in _REQUEUE:
             print("lgaf: the job queues again", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import typer
 
 from data_pipeline import commands, settings
 from trainer import checkpoint_commands, network_commands
+from trainer.signals import StopRequest
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -69,9 +70,10 @@ def train(
     Works alone, under torchrun and under Slurm's srun: it finds the other ranks from what these tell it.
     SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C to any rank: all save and end with exit code 75, to be started again.
     """
-    from trainer import job
+    with StopRequest() as stop:
+        from trainer import job
 
-    job.train(config, overrides or [])
+        job.train(config, overrides or [], stop)
 
 
 @app.command("eval")

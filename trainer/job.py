@@ -22,13 +22,16 @@ from trainer.results import device_name
 from trainer.signals import Stopped, StopRequest
 
 
-def train(config: Path, overrides: Sequence[str] = ()) -> None:
+def train(config: Path, overrides: Sequence[str], stop: StopRequest) -> None:
     """Train as the configuration file says, changed by `key=value` overrides.
+
+    `stop` is made, and entered, by whoever starts the process, before this module is imported: that takes
+    seconds, in which a signal would end the process instead of stopping the run.
 
     A failure is printed by the first rank that has one and ends the process with exit code 1. Raises Stopped
     on all ranks if a signal asked any of them to stop.
     """
-    with StopRequest() as stop, join() as ranks:
+    with join() as ranks:
         stopped_by = run(load(config, overrides), ranks, stop)
     if stopped_by:
         raise Stopped(stopped_by, is_first=ranks.is_first)

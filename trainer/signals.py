@@ -4,6 +4,7 @@
         stop.signal          the number of the gravest signal so far, 0 if none; every step takes it along
     raise Stopped(...)       once the state is saved and the ranks have parted
 
+A process takes them before it loads anything heavy: a signal of the first seconds counts like any other.
 Nothing happens inside a handler, and a second signal only sets the flag again. Whoever sent the first will
 not wait for ever: a thread ends the process at the deadline, whatever it is doing then.
 """

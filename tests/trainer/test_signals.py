@@ -60,6 +60,35 @@ def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(number, straig
     assert losses(run_dir) == straight
 
 
+TOLD_AS_TORCH_IS_LOADED = """
+import os, pathlib, signal, sys
+
+class Early:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Early())
+"""
+STARTERS = {
+    "lgaf": "from trainer.__main__ import main; main()",
+    "submitit": "from slurm.job import train; train(pathlib.Path(sys.argv[2]), sys.argv[4::2])",
+}
+
+
+@pytest.mark.parametrize("starter", STARTERS.values(), ids=STARTERS)
+def test_a_signal_counts_that_comes_while_the_process_starts(starter, straight, faces, tmp_path):
+    run_dir = tmp_path / "run"
+    words = train_words(run_dir, faces, *OPTIONS)
+    with start([sys.executable, "-c", TOLD_AS_TORCH_IS_LOADED + starter, *words]) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE, said
+    assert "SIGTERM: saved at step 1; leaving with exit code 75" in said
+    assert run(*words).returncode == 0
+    assert losses(run_dir) == straight
+
+
 @pytest.mark.parametrize("whom", ["torchrun", "one rank"])
 def test_two_ranks_agree_when_torchrun_or_one_of_them_is_told_to_stop(whom, faces, tmp_path):
     run_dir = tmp_path / "run"
