@@ -66,10 +66,6 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 MailProg=/bin/true
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=1
-SlurmctldTimeout=10
-SlurmdTimeout=6
-MessageTimeout=5
-KillWait=3
 MinJobAge=3600
 ReturnToService=2
 NodeName=DEFAULT CPUs={cpus} RealMemory={memory_mb} State=UNKNOWN

@@ -36,7 +36,7 @@ def test_two_nodes_with_names_of_their_own_and_an_end_that_takes_all_along(tmp_p
             "srun sh -c 'hostname; getent hosts node2 | cut -d\" \" -f1; readlink /proc/self/ns/pid'; exit 3"
         )
         job = cluster.submit("--nodes=2", f"--output={log}", "--wrap", script, cwd=tmp_path)
-        ended = cluster.wait(job, timeout_s=30)
+        ended = cluster.wait(job, timeout_s=60)
         assert (ended.state, ended.exit_code) == ("FAILED", 3)
         words = log.read_text().split()
         assert {"node1", "node2"} < set(words)
@@ -61,8 +61,8 @@ def test_sacct_tells_the_states_of_jobs_that_ended_and_that_run(cluster, tmp_pat
         cluster.submit(*options, script, cwd=tmp_path) for script in ("true", "false", "sleep 1000")
     )
     for job in (good, bad):
-        cluster.wait(job, timeout_s=30)
-    deadline = time.monotonic() + 30
+        cluster.wait(job, timeout_s=60)
+    deadline = time.monotonic() + 60
     while "JobState=RUNNING" not in cluster.command("scontrol", "show", "job", str(running)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

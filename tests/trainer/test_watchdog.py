@@ -118,8 +118,8 @@ def test_nothing_is_done_about_work_that_goes_on_or_a_limit_that_is_not_set(monk
     ended = []
     limited, unlimited = pulses(2, ended.append)
     with limited, unlimited:
-        limited.limit(0.5)
-        for step in range(40):
+        limited.limit(2)
+        for step in range(100):
             limited.note(step, "working")
             threading.Event().wait(0.03)
     assert ended == []
