@@ -12,9 +12,12 @@ widened until it needs at least as many operations as LGAF.
                 degradation in one of four strengths and nothing else changed; beside them a sharp reference
     accuracy    every reference against every picture of a condition: 1 - equal error rate, TAR at FAR 1 %
     norms       of both of LGAF's branches, and its attention, for each condition
+    weights     what TAR would be if LGAF gave all pictures of a condition one weight instead, from the global
+                branch alone to the local one alone
 
 Printed: both figures per kind of degradation, mean over strengths and seeds with the deviation over seeds,
-and how far LGAF is ahead of its twin. `--page` draws the norms and the attention.
+how far LGAF is ahead of its twin, where its attention goes, and what the best weight per kind, chosen with
+hindsight, would gain. `--page` draws the norms and the attention.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quality.toml"
 SEEDS = (1, 2, 3)
 GLOBAL, LOCAL = 0, 1
+LOCAL_WEIGHTS = np.linspace(0, 1, 11)
 
 # Name -> what differs from the configuration, which is LGAF's.
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -146,9 +150,10 @@ def person(seed: int, identity: int, size: int) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What a network says of N takes of S pictures, the reference first: unit embeddings, and of each branch
-    the norm and the attention weight."""
+    the unit feature, the norm and the attention weight."""
 
     emb_NSD: np.ndarray
+    unit_NSKD: np.ndarray
     norm_NSK: np.ndarray
     weight_NSK: np.ndarray
 
@@ -162,25 +167,40 @@ def look(model: Backbone, people: Iterable[np.ndarray], device: torch.device) ->
         images_BCHW = (pixels.float() - 127.5) / 127.5
         if isinstance(model, LGAF):
             fusion = model.fuse(images_BCHW)
-            row = (fusion.emb_BD, fusion.norm_BK, fusion.weight_BK)
+            row = (fusion.emb_BD, fusion.unit_BKD, fusion.norm_BK, fusion.weight_BK)
         else:
             emb_BD = model(images_BCHW).emb_BD
-            row = (emb_BD, emb_BD.norm(dim=1, keepdim=True), torch.ones_like(emb_BD[:, :1]))
+            norm_B1 = emb_BD.norm(dim=1, keepdim=True)
+            row = (emb_BD, (emb_BD / norm_B1)[:, None], norm_B1, torch.ones_like(norm_B1))
         rows.append([part.unflatten(0, picture_TSHWC.shape[:2]).cpu().numpy() for part in row])
-    emb_NSD, norm_NSK, weight_NSK = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    return Seen(emb_NSD / np.linalg.norm(emb_NSD, axis=2, keepdims=True), norm_NSK, weight_NSK)
+    emb_NSD, *of_branches = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return Seen(normalized(emb_NSD), *of_branches)
 
 
-def accuracy(seen: Seen) -> np.ndarray:
-    """1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every picture."""
+def normalized(vector_NSD: np.ndarray) -> np.ndarray:
+    return vector_NSD / np.linalg.norm(vector_NSD, axis=2, keepdims=True)
+
+
+def accuracy(seen: Seen, emb_NSD: np.ndarray | None = None) -> np.ndarray:
+    """1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every picture.
+
+    With `emb_NSD`, embeddings of the pictures to take instead of the network's.
+    """
     who_N = np.arange(len(seen.emb_NSD)) // TAKES
     issame_P = (who_N[:, None] == who_N).ravel()
     figures = []
-    for s in range(1, 1 + len(CONDITIONS)):
-        far_R, tar_R = roc((seen.emb_NSD[:, 0] @ seen.emb_NSD[:, s].T).ravel(), issame_P)
+    for emb_ND in (seen.emb_NSD[:, 1:] if emb_NSD is None else emb_NSD).swapaxes(0, 1):
+        far_R, tar_R = roc((seen.emb_NSD[:, 0] @ emb_ND.T).ravel(), issame_P)
         crossing = int(np.argmax(far_R >= 1 - tar_R))
         figures.append((1 - (far_R[crossing] + 1 - tar_R[crossing]) / 2, np.interp(0.01, far_R, tar_R)))
     return np.array(figures)
+
+
+def tar_by_weight(seen: Seen) -> list[list[float]]:
+    """TAR at FAR 1 %, [LOCAL_WEIGHTS, conditions]; the references keep the network's own attention."""
+    unit_NSKD = seen.unit_NSKD[:, 1:]
+    fused = ((1 - w) * unit_NSKD[:, :, GLOBAL] + w * unit_NSKD[:, :, LOCAL] for w in LOCAL_WEIGHTS)
+    return [accuracy(seen, normalized(emb_NSD))[:, 1].tolist() for emb_NSD in fused]
 
 
 def by_kind(figure_S: np.ndarray) -> dict[str, float]:
@@ -269,6 +289,10 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
         "norm_mean_SK": norm_NSK[:, 1:].mean(0).tolist(),
         "norm_std_SK": norm_NSK[:, 1:].std(0).tolist(),
         "local_weight_RS": [one.weight_NSK[:, 1:, LOCAL].mean(0).tolist() for one in seen],
+        "weight_and_advantage_R": {
+            kind: [_correlation(one.weight_NSK[:, at, LOCAL], _advantage(one)[:, at]) for one in seen]
+            for kind, at in _columns().items()
+        },
         "norms_of_both_branches": _correlation(norm_NSK[:, 1:, GLOBAL], norm_NSK[:, 1:, LOCAL]),
         "norm_and_strength": {
             kind: [
@@ -278,6 +302,12 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
             for kind, columns in _columns().items()
         },
     }
+
+
+def _advantage(seen: Seen) -> np.ndarray:
+    """By how much the local feature of a picture is nearer to its reference's than the global one, [N, S]."""
+    cosine_NSK = (seen.unit_NSKD * seen.unit_NSKD[:, :1]).sum(3)
+    return cosine_NSK[:, :, LOCAL] - cosine_NSK[:, :, GLOBAL]
 
 
 def _columns() -> dict[str, list[int]]:
@@ -321,6 +351,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "accuracy_RS": {name: figures[:, :, 0].tolist() for name, figures in found.items()},
         "tar_at_far_0.01_RS": {name: figures[:, :, 1].tolist() for name, figures in found.items()},
         "attention": attention([seen["lgaf", seed] for seed in options.seeds]),
+        "local_weights": LOCAL_WEIGHTS.tolist(),
+        "tar_by_local_weight_RWS": [tar_by_weight(seen["lgaf", seed]) for seed in options.seeds],
         "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
     }
 
@@ -337,6 +369,11 @@ def show(report: dict[str, Any]) -> None:
         ahead = np.subtract(*(seeds_by_kind(report[key][name])["degraded"] for name in ("lgaf", "twin")))
         each = ", ".join(f"{100 * one:+.2f}" for one in ahead)
         print(f"\nlgaf ahead of its twin on degraded faces: {100 * ahead.mean():+.2f} (seed by seed {each})")
+    show_attention(report)
+
+
+def show_attention(report: dict[str, Any]) -> None:
+    """Where it goes, whether it is right, and what it could gain."""
     print("\nlgaf's attention to the local branch, from sharp pictures to the strongest degradation,")
     print("and how far it has moved there, seed by seed:\n")
     weight_RS = np.array(report["attention"]["local_weight_RS"])
@@ -344,6 +381,21 @@ def show(report: dict[str, Any]) -> None:
         path_RS = weight_RS[:, np.array(columns) - 1]
         means = " ".join(f"{mean:.3f}" for mean in path_RS.mean(0))
         print(f"{kind:15s} {means}   " + ", ".join(f"{way:+.3f}" for way in path_RS[:, -1] - path_RS[:, 0]))
+    print(
+        "\nCorrelation of this attention, picture by picture, with how much nearer to its reference the local"
+    )
+    print("feature is than the global one; mean over the seeds, and seed by seed:\n")
+    for kind, found in report["attention"]["weight_and_advantage_R"].items():
+        print(f"{kind:15s} {np.mean(found):+.2f}   " + ", ".join(f"{one:+.2f}" for one in found))
+    print("\nlgaf's TAR at FAR 1 %, if all pictures of a kind had one weight for the local branch:\n")
+    print("| kind | global alone | equal | local alone | its own | best (at) |\n" + "| --- " * 6 + "|")
+    tar_RWS, own = np.array(report["tar_by_local_weight_RWS"]), report["tar_at_far_0.01_RS"]["lgaf"]
+    for kind in KINDS:
+        tar_W = np.array([by_kind(tar_S)[kind] for tar_S in tar_RWS.mean(0)])
+        best = int(tar_W.argmax())
+        cells = [tar_W[0], tar_W[len(tar_W) // 2], tar_W[-1], np.mean(seeds_by_kind(own)[kind])]
+        shown = " | ".join(f"{100 * cell:.1f}" for cell in cells)
+        print(f"| {kind} | {shown} | {100 * tar_W[best]:.1f} ({LOCAL_WEIGHTS[best]:.1f}) |")
 
 
 def seeds_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:
