@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.signals import Stopped, StopRequest
+from trainer.signals import EXIT_CODE, Stopped, StopRequest
 
 # With a signal to terminate, Slurm requeues the job or cancels it by itself.
 _REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
@@ -25,10 +25,11 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
     try:
         with StopRequest() as stop:
             from trainer import job
+            from trainer.distributed import leave
 
             job.train(config, overrides, stop)
     except Stopped as stopped:
         if stopped.is_first and stopped.number in _REQUEUE:
             print("lgaf: the job queues again", file=sys.stderr, flush=True)
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        raise
+        leave(EXIT_CODE)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from trainer.distributed import leave
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """What `function(rank, *arguments)` returns on each rank; its exceptions come out here.
@@ -37,3 +39,4 @@ def _enter(
     torch.save(function(rank, *arguments), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)

@@ -12,7 +12,7 @@ import typer
 
 from data_pipeline import commands, settings
 from trainer import checkpoint_commands, network_commands
-from trainer.signals import StopRequest
+from trainer.signals import EXIT_CODE, Stopped, StopRequest
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -72,8 +72,13 @@ def train(
     """
     with StopRequest() as stop:
         from trainer import job
+        from trainer.distributed import leave
 
-        job.train(config, overrides or [], stop)
+        try:
+            job.train(config, overrides or [], stop)
+        except Stopped:
+            leave(EXIT_CODE)
+        leave(0)
 
 
 @app.command("eval")
@@ -110,6 +115,7 @@ def evaluate(
     folder only with --out. Works alone, under torchrun and under Slurm's srun.
     """
     from trainer import job
+    from trainer.distributed import leave
     from trainer.evaluation.suite import SuiteConfig, suite_of_pairs
     from trainer.evaluation.tables import show
 
@@ -131,6 +137,7 @@ def evaluate(
     elif results is not None:
         show(results)
         typer.echo(f"Plots and figures are in {folder}")
+    leave(0)
 
 
 for _command in (network_commands.export, network_commands.embed, network_commands.compare):

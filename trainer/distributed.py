@@ -10,6 +10,7 @@ that cannot say anything, as it was killed or hangs, is named by another: `watch
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -144,7 +145,7 @@ def join() -> Iterator[Ranks]:
             ),
             where,
         )
-        _leave(where)
+        _end(1)
     with _speak_once(where, store) as pulse:
         device = _device(where)
         # DeepSpeed insists on this variable, which only torchrun sets.
@@ -199,7 +200,8 @@ def _speak_once(where: Placement, store: dist.Store) -> Iterator[Pulse]:
     def end(error: Exception) -> NoReturn:
         once.acquire()  # and not released: who comes second, main thread or watchdog, waits for the end
         _speak(error, where, pulse)
-        _leave(where)
+        # An orderly exit would wait for collectives in which nobody else takes part any more.
+        _end(1)
 
     keeper = "torchrun" if _has_agent_store() else "rank 0"
     pulse = Pulse(store, where.rank, where.world_size, keeper=keeper, end=end)
@@ -236,8 +238,17 @@ def _show(error: Exception, where: Placement) -> None:
     print(f"{text}lgaf: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def _leave(where: Placement) -> NoReturn:
-    # An orderly exit would wait for collectives in which nobody else takes part any more.
+def leave(code: int) -> NoReturn:
+    """End a process that has been a rank, after `join`: do what is to be done at its end, and no more.
+
+    The group outlives its destruction: parameters of DeepSpeed and defaults of torch's functions hold it.
+    A thread of it that wants the interpreter's lock while Python takes itself apart would abort the process.
+    """
+    atexit._run_exitfuncs()
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
