@@ -21,7 +21,10 @@ _REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def train(config: Path, overrides: Sequence[str] = ()) -> None:
-    """As `trainer.job.train`, but a run that was told to stop by SIGUSR1 or SIGUSR2 is requeued."""
+    """As `trainer.job.train`, but a run that was told to stop by SIGUSR1 or SIGUSR2 is requeued.
+
+    A run that was told to stop ends the process. One that ends by itself returns, for submitit to note it.
+    """
     try:
         with StopRequest() as stop:
             from trainer import job

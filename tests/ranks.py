@@ -39,4 +39,4 @@ def _enter(
     torch.save(function(rank, *arguments), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    leave(0)
+    leave(0)  # as ranks of `lgaf` do

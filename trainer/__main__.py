@@ -12,7 +12,7 @@ import typer
 
 from data_pipeline import commands, settings
 from trainer import checkpoint_commands, network_commands
-from trainer.signals import EXIT_CODE, Stopped, StopRequest
+from trainer.signals import StopRequest
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -72,13 +72,8 @@ def train(
     """
     with StopRequest() as stop:
         from trainer import job
-        from trainer.distributed import leave
 
-        try:
-            job.train(config, overrides or [], stop)
-        except Stopped:
-            leave(EXIT_CODE)
-        leave(0)
+        job.train(config, overrides or [], stop)
 
 
 @app.command("eval")
@@ -115,7 +110,6 @@ def evaluate(
     folder only with --out. Works alone, under torchrun and under Slurm's srun.
     """
     from trainer import job
-    from trainer.distributed import leave
     from trainer.evaluation.suite import SuiteConfig, suite_of_pairs
     from trainer.evaluation.tables import show
 
@@ -137,7 +131,6 @@ def evaluate(
     elif results is not None:
         show(results)
         typer.echo(f"Plots and figures are in {folder}")
-    leave(0)
 
 
 for _command in (network_commands.export, network_commands.embed, network_commands.compare):
@@ -153,6 +146,12 @@ def main() -> None:
     except (ValueError, OSError) as error:
         typer.echo(f"lgaf: {error}", err=True)
         sys.exit(1)
+    except SystemExit as ended:
+        if "trainer.distributed" in sys.modules and isinstance(ended.code, int | None):
+            from trainer.distributed import leave
+
+            leave(ended.code or 0)
+        raise
 
 
 if __name__ == "__main__":

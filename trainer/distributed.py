@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -239,16 +240,21 @@ def _show(error: Exception, where: Placement) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a process that has been a rank, after `join`: do what is to be done at its end, and no more.
+    """End a process that has been through `join`: as Python does, but for the interpreter's teardown.
 
-    The group outlives its destruction: parameters of DeepSpeed and defaults of torch's functions hold it.
-    A thread of it that wants the interpreter's lock while Python takes itself apart would abort the process.
+    Threads are waited for and exit functions called. What would follow is left out: the group outlives its
+    destruction, as parameters of DeepSpeed and defaults of torch's functions hold it, and a thread of it that
+    wants the interpreter's lock during the teardown aborts the process. So are the `finally`s of callers.
     """
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     _end(code)
 
 
 def _end(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # A closed or broken output must not change the exit code. The last line is for what C libraries print.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)
     os._exit(code)

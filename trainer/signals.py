@@ -4,7 +4,7 @@
         stop.signal          the number of the gravest signal so far, 0 if none; every step takes it along
     raise Stopped(...)       once the state is saved and the ranks have parted
 
-A process takes them before it loads anything heavy: a signal of the first seconds counts like any other.
+A process takes them before it loads torch, which is most of its start.
 Nothing happens inside a handler, and a second signal only sets the flag again. Whoever sent the first will
 not wait for ever: a thread ends the process at the deadline, whatever it is doing then.
 """
@@ -62,8 +62,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
-        # After a signal the process is about to end with EXIT_CODE; another one must not change that.
-        if not self.signal:
+        # A run that was stopped is about to end with EXIT_CODE; another signal must not change that.
+        if not self.signal and kind is not Stopped:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 
 from tests.trainer.conftest import command, losses, run, train_words
-from tests.trainer.processes import children, patched, start, wait_for
-from trainer.signals import EXIT_CODE, StopRequest, name_of
+from tests.trainer.processes import children, start, wait_for
+from trainer.signals import EXIT_CODE, Stopped, StopRequest, name_of
 
 STEPS = 12
 # Far apart: what is saved in between was saved because of the signal.
@@ -82,35 +82,11 @@ def test_a_signal_counts_that_comes_while_the_process_starts(starter, straight, 
     run_dir = tmp_path / "run"
     words = train_words(run_dir, faces, *OPTIONS)
     with start([sys.executable, "-c", TOLD_AS_TORCH_IS_LOADED + starter, *words]) as process:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
     assert process.returncode == EXIT_CODE, said
     assert "SIGTERM: saved at step 1; leaving with exit code 75" in said
     assert run(*words).returncode == 0
     assert losses(run_dir) == straight
-
-
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_a_thread_that_lives_on_does_not_abort_the_process_at_its_end(is_stopped, faces, tmp_path):
-    run_dir = tmp_path / "run"
-    late = f"""
-        import atexit, os, pathlib, signal, sys
-        class Late:
-            def __del__(self, abort=os.abort):
-                abort()
-        sys.late = Late()
-        atexit.register(pathlib.Path({str(tmp_path / "orderly")!r}).touch)
-        if {is_stopped}:
-            from trainer import loop
-            seed = loop.seed_dropout
-            def told(*given):
-                os.kill(os.getpid(), signal.SIGUSR1)
-                seed(*given)
-            loop.seed_dropout = told
-    """
-    with start([*patched(tmp_path, late), *train_words(run_dir, faces, *OPTIONS)]) as process:
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == (EXIT_CODE if is_stopped else 0), said
-    assert (tmp_path / "orderly").exists()
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "one rank"])
@@ -210,3 +186,10 @@ def test_without_a_signal_handlers_are_given_back():
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_rank_that_stopped_with_another_is_not_ended_by_a_late_signal():
+    with pytest.raises(Stopped), StopRequest():
+        raise Stopped(0, is_first=False)
+    signal.raise_signal(signal.SIGUSR1)
