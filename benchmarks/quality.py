@@ -12,12 +12,14 @@ widened until it needs at least as many operations as LGAF.
                 degradation in one of four strengths and nothing else changed; beside them a sharp reference
     accuracy    every reference against every picture of a condition: 1 - equal error rate, TAR at FAR 1 %
     norms       of both of LGAF's branches, and its attention, for each condition
-    weights     what TAR would be if LGAF gave all pictures of a condition one weight instead, from the global
-                branch alone to the local one alone
+    advantage   how much better the local feature of a picture tells its person from others than the global
+                one does, and whether the attention knows
+    weights     the accuracy if LGAF gave everything the same weight instead, from the global branch alone to
+                the local one alone
 
 Printed: both figures per kind of degradation, mean over strengths and seeds with the deviation over seeds,
-how far LGAF is ahead of its twin, where its attention goes, and what the best weight per kind, chosen with
-hindsight, would gain. `--page` draws the norms and the attention.
+how far LGAF is ahead of its twin, where its attention goes, how far it is right, and what the best constant
+weight for each kind would gain. `--page` draws the norms and the attention.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quality.toml"
 SEEDS = (1, 2, 3)
 GLOBAL, LOCAL = 0, 1
-LOCAL_WEIGHTS = np.linspace(0, 1, 11)
+LOCAL_WEIGHTS = [tenth / 10 for tenth in range(11)]
 
 # Name -> what differs from the configuration, which is LGAF's.
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -177,30 +179,47 @@ def look(model: Backbone, people: Iterable[np.ndarray], device: torch.device) ->
     return Seen(normalized(emb_NSD), *of_branches)
 
 
-def normalized(vector_NSD: np.ndarray) -> np.ndarray:
-    return vector_NSD / np.linalg.norm(vector_NSD, axis=2, keepdims=True)
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def accuracy(seen: Seen, emb_NSD: np.ndarray | None = None) -> np.ndarray:
-    """1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every picture.
-
-    With `emb_NSD`, embeddings of the pictures to take instead of the network's.
-    """
-    who_N = np.arange(len(seen.emb_NSD)) // TAKES
-    issame_P = (who_N[:, None] == who_N).ravel()
+def accuracy(emb_NSD: np.ndarray) -> np.ndarray:
+    """1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every picture."""
+    issame_P = same_person(len(emb_NSD)).ravel()
     figures = []
-    for emb_ND in (seen.emb_NSD[:, 1:] if emb_NSD is None else emb_NSD).swapaxes(0, 1):
-        far_R, tar_R = roc((seen.emb_NSD[:, 0] @ emb_ND.T).ravel(), issame_P)
+    for emb_ND in emb_NSD[:, 1:].swapaxes(0, 1):
+        far_R, tar_R = roc((emb_NSD[:, 0] @ emb_ND.T).ravel(), issame_P)
         crossing = int(np.argmax(far_R >= 1 - tar_R))
         figures.append((1 - (far_R[crossing] + 1 - tar_R[crossing]) / 2, np.interp(0.01, far_R, tar_R)))
     return np.array(figures)
 
 
-def tar_by_weight(seen: Seen) -> list[list[float]]:
-    """TAR at FAR 1 %, [LOCAL_WEIGHTS, conditions]; the references keep the network's own attention."""
-    unit_NSKD = seen.unit_NSKD[:, 1:]
+def same_person(takes: int) -> np.ndarray:
+    """Whether two takes are of one person, [N, N]."""
+    who_N = np.arange(takes) // TAKES
+    return who_N[:, None] == who_N
+
+
+def tar_by_weight(unit_NSKD: np.ndarray) -> list[list[float]]:
+    """TAR at FAR 1 %, [LOCAL_WEIGHTS, conditions], with one weight for all, the references included."""
     fused = ((1 - w) * unit_NSKD[:, :, GLOBAL] + w * unit_NSKD[:, :, LOCAL] for w in LOCAL_WEIGHTS)
-    return [accuracy(seen, normalized(emb_NSD))[:, 1].tolist() for emb_NSD in fused]
+    return [accuracy(normalized(emb_NSD))[:, 1].tolist() for emb_NSD in fused]
+
+
+def advantage(unit_NSKD: np.ndarray) -> np.ndarray:
+    """How much better the local feature of each picture is than the global one, [N, S].
+
+    A feature is as good as its cosine to the reference of its take lies above those to other people's,
+    counted in the deviation of these: the branches' cosines are not spread alike.
+    """
+    is_other_NN = ~same_person(len(unit_NSKD))
+    goodness = []
+    for k in (GLOBAL, LOCAL):
+        cosine_SNN = np.einsum("md,nsd->smn", unit_NSKD[:, 0, k], unit_NSKD[:, :, k])
+        other_SN, spread_SN = (reduce(cosine_SNN, axis=1, where=is_other_NN) for reduce in (np.mean, np.std))
+        own_SN = np.diagonal(cosine_SNN, axis1=1, axis2=2)
+        goodness.append((own_SN - other_SN) / spread_SN)
+    return (goodness[LOCAL] - goodness[GLOBAL]).T
 
 
 def by_kind(figure_S: np.ndarray) -> dict[str, float]:
@@ -290,7 +309,10 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
         "norm_std_SK": norm_NSK[:, 1:].std(0).tolist(),
         "local_weight_RS": [one.weight_NSK[:, 1:, LOCAL].mean(0).tolist() for one in seen],
         "weight_and_advantage_R": {
-            kind: [_correlation(one.weight_NSK[:, at, LOCAL], _advantage(one)[:, at]) for one in seen]
+            kind: [
+                _within(one.weight_NSK[:, at, LOCAL], advantage(one.unit_NSKD[:, [0, *at]])[:, 1:])
+                for one in seen
+            ]
             for kind, at in _columns().items()
         },
         "norms_of_both_branches": _correlation(norm_NSK[:, 1:, GLOBAL], norm_NSK[:, 1:, LOCAL]),
@@ -304,19 +326,21 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
     }
 
 
-def _advantage(seen: Seen) -> np.ndarray:
-    """By how much the local feature of a picture is nearer to its reference's than the global one, [N, S]."""
-    cosine_NSK = (seen.unit_NSKD * seen.unit_NSKD[:, :1]).sum(3)
-    return cosine_NSK[:, :, LOCAL] - cosine_NSK[:, :, GLOBAL]
-
-
 def _columns() -> dict[str, list[int]]:
     """Kind -> where its pictures stand in a take, from none to its greatest strength."""
     return {kind: [1, *(1 + s for s, (found, _) in enumerate(CONDITIONS) if found == kind)] for kind in KINDS}
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """0 if one of them is constant, as weights are without attention."""
+    if min(first.std(), second.std()) == 0:
+        return 0.0
     return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
+
+
+def _within(first_NS: np.ndarray, second_NS: np.ndarray) -> float:
+    """Correlation among the pictures of one strength, over all strengths: a common drift is not counted."""
+    return _correlation(first_NS - first_NS.mean(0), second_NS - second_NS.mean(0))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -339,7 +363,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     pictures = list(in_order(person, arguments, None))
     seen = {job: look(model, pictures, options.device) for job, model in zip(jobs, models, strict=True)}
     found = {
-        name: np.array([accuracy(seen[name, seed]) for seed in options.seeds]) for name in options.networks
+        name: np.array([accuracy(seen[name, seed].emb_NSD) for seed in options.seeds])
+        for name in options.networks
     }
     return {
         "conditions": CONDITIONS,
@@ -351,8 +376,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "accuracy_RS": {name: figures[:, :, 0].tolist() for name, figures in found.items()},
         "tar_at_far_0.01_RS": {name: figures[:, :, 1].tolist() for name, figures in found.items()},
         "attention": attention([seen["lgaf", seed] for seed in options.seeds]),
-        "local_weights": LOCAL_WEIGHTS.tolist(),
-        "tar_by_local_weight_RWS": [tar_by_weight(seen["lgaf", seed]) for seed in options.seeds],
+        "local_weights": LOCAL_WEIGHTS,
+        "tar_by_local_weight_RWS": [tar_by_weight(seen["lgaf", seed].unit_NSKD) for seed in options.seeds],
         "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
     }
 
@@ -382,20 +407,29 @@ def show_attention(report: dict[str, Any]) -> None:
         means = " ".join(f"{mean:.3f}" for mean in path_RS.mean(0))
         print(f"{kind:15s} {means}   " + ", ".join(f"{way:+.3f}" for way in path_RS[:, -1] - path_RS[:, 0]))
     print(
-        "\nCorrelation of this attention, picture by picture, with how much nearer to its reference the local"
+        "\nIts correlation, among pictures of one strength, with how much better the local feature tells the"
     )
-    print("feature is than the global one; mean over the seeds, and seed by seed:\n")
+    print("person from others than the global one; mean over the seeds, and seed by seed:\n")
     for kind, found in report["attention"]["weight_and_advantage_R"].items():
         print(f"{kind:15s} {np.mean(found):+.2f}   " + ", ".join(f"{one:+.2f}" for one in found))
-    print("\nlgaf's TAR at FAR 1 %, if all pictures of a kind had one weight for the local branch:\n")
-    print("| kind | global alone | equal | local alone | its own | best (at) |\n" + "| --- " * 6 + "|")
-    tar_RWS, own = np.array(report["tar_by_local_weight_RWS"]), report["tar_at_far_0.01_RS"]["lgaf"]
+    print(
+        "\nlgaf's TAR at FAR 1 % with one weight for all; and what the weight that is best for a kind, by the"
+    )
+    print("other seeds (in brackets, seed by seed), gains beside the attention:\n")
+    print("| kind | global alone | equal | local alone | attention | gain |\n" + "| --- " * 6 + "|")
+    weights, own = report["local_weights"], report["tar_at_far_0.01_RS"]["lgaf"]
     for kind in KINDS:
-        tar_W = np.array([by_kind(tar_S)[kind] for tar_S in tar_RWS.mean(0)])
-        best = int(tar_W.argmax())
-        cells = [tar_W[0], tar_W[len(tar_W) // 2], tar_W[-1], np.mean(seeds_by_kind(own)[kind])]
+        tar_RW = np.array(
+            [[by_kind(np.array(row))[kind] for row in rows] for rows in report["tar_by_local_weight_RWS"]]
+        )
+        own_R = np.array(seeds_by_kind(own)[kind])
+        best_R = [int(np.delete(tar_RW, r, axis=0).mean(0).argmax()) for r in range(len(tar_RW))]
+        gain_R = [tar_RW[r, best] - own_R[r] for r, best in enumerate(best_R)]
+        cells = [*(tar_RW[:, weights.index(w)].mean() for w in (0, 0.5, 1)), own_R.mean()]
         shown = " | ".join(f"{100 * cell:.1f}" for cell in cells)
-        print(f"| {kind} | {shown} | {100 * tar_W[best]:.1f} ({LOCAL_WEIGHTS[best]:.1f}) |")
+        chosen = ", ".join(f"{weights[best]:.1f}" for best in best_R)
+        spread = f"{100 * np.mean(gain_R):+.2f} ± {100 * np.std(gain_R, ddof=1):.2f}"
+        print(f"| {kind} | {shown} | {spread} ({chosen}) |")
 
 
 def seeds_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:

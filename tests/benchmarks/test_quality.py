@@ -11,14 +11,18 @@ from PIL import Image
 
 from benchmarks.quality import (
     CONDITIONS,
+    GLOBAL,
     KINDS,
+    LOCAL,
     LOCAL_WEIGHTS,
     TAKES,
     Seen,
     accuracy,
+    advantage,
     attention,
     by_kind,
     moved,
+    normalized,
     tar_by_weight,
 )
 
@@ -53,16 +57,6 @@ def test_networks_are_trained_and_compared(tmp_path):
         assert kind in page.read_text()
 
 
-def seen_of(emb_NSD, unit_NSKD=None, weight_NSK=None):
-    shape = (*emb_NSD.shape[:2], 2)
-    units = np.stack([emb_NSD, emb_NSD], axis=2) if unit_NSKD is None else unit_NSKD
-    return Seen(emb_NSD, units, norms(shape), np.full(shape, 0.5) if weight_NSK is None else weight_NSK)
-
-
-def norms(shape):
-    return np.random.default_rng(0).uniform(1, 2, shape)
-
-
 def of_two_people():
     """Embeddings of two people that are right under every condition."""
     person_N = np.repeat([0, 1], TAKES)
@@ -73,7 +67,7 @@ def test_accuracy_by_hand():
     """Two people whose pictures are right under every condition but one, where they are each other's."""
     emb_NSD = of_two_people()
     emb_NSD[:, 5] = emb_NSD[::-1, 5]
-    figures = accuracy(seen_of(emb_NSD))
+    figures = accuracy(emb_NSD)
     assert figures[4].tolist() == [0, 0]
     assert np.delete(figures, 4, axis=0).min() == 1
     kinds = by_kind(figures[:, 0])
@@ -83,26 +77,44 @@ def test_accuracy_by_hand():
 
 
 def test_one_weight_for_all_by_hand():
-    """The local features are right, the global ones each other's: more than half must be local."""
-    emb_NSD = of_two_people()
-    tar_WS = np.array(tar_by_weight(seen_of(emb_NSD, np.stack([emb_NSD[::-1], emb_NSD], axis=2))))
-    assert (tar_WS[LOCAL_WEIGHTS > 0.55] == 1).all()
-    assert (tar_WS[LOCAL_WEIGHTS < 0.45] == 0).all()
+    """Local features are right, global ones each other's: more than half must be local."""
+    local_NSD = of_two_people()
+    global_NSD = np.concatenate([local_NSD[:, :1], local_NSD[::-1, 1:]], axis=1)
+    tar_WS = np.array(tar_by_weight(np.stack([global_NSD, local_NSD], axis=2)))
+    weights = np.array(LOCAL_WEIGHTS)
+    assert (tar_WS[weights > 0.55] == 1).all()
+    assert (tar_WS[weights < 0.45] == 0).all()
 
 
-def test_attention_is_right_where_it_goes_to_the_nearer_branch():
-    emb_NSD = of_two_people()
-    shape = emb_NSD.shape[:2]
-    turned_NS = np.random.default_rng(1).uniform(0, 1, shape) * (np.arange(shape[1]) > 0)
-    local_NSD = np.stack([np.cos(turned_NS), np.sin(turned_NS)], axis=2)
-    local_NSD[TAKES:] = local_NSD[TAKES:, :, ::-1]
-    right_NS = np.cos(turned_NS)
-    for weight_NS, expected in ((right_NS, 1), (1 - right_NS, -1)):
-        weight_NSK = np.stack([1 - weight_NS, weight_NS], axis=2)
-        one = seen_of(emb_NSD, np.stack([emb_NSD, local_NSD], axis=2), weight_NSK)
-        found = attention([one])["weight_and_advantage_R"]
+def test_advantage_against_loops():
+    rng = np.random.default_rng(0)
+    unit_NSKD = normalized(rng.normal(size=(3 * TAKES, 4, 2, 8)))
+    found_NS = advantage(unit_NSKD)
+    for n, s in np.ndindex(found_NS.shape):
+        good = []
+        for k in range(2):
+            cosines = [float(unit_NSKD[m, 0, k] @ unit_NSKD[n, s, k]) for m in range(3 * TAKES)]
+            others = [cosine for m, cosine in enumerate(cosines) if m // TAKES != n // TAKES]
+            good.append((cosines[n] - np.mean(others)) / np.std(others))
+        assert np.isclose(found_NS[n, s], good[LOCAL] - good[GLOBAL])
+
+
+def test_attention_is_right_where_it_goes_to_the_better_branch_of_one_strength():
+    rng = np.random.default_rng(0)
+    unit_NSKD = normalized(rng.normal(size=(40 * TAKES, 1 + len(CONDITIONS), 2, 8)))
+    norm_NSK = rng.uniform(1, 2, unit_NSKD.shape[:3])
+    better_NS = advantage(unit_NSKD)
+    drift_S = np.arange(better_NS.shape[1]) * 100  # alike in both, and no matter
+    for weight_NS, expected in (
+        (better_NS + drift_S, 1),
+        (drift_S - better_NS, -1),
+        (rng.normal(size=better_NS.shape) + drift_S, 0),
+        (np.full(better_NS.shape, 0.5), 0),
+    ):
+        seen = Seen(unit_NSKD[:, :, 0], unit_NSKD, norm_NSK, np.stack([1 - weight_NS, weight_NS], axis=2))
+        found = attention([seen])["weight_and_advantage_R"]
         assert set(found) == set(KINDS)
-        assert np.allclose(list(found.values()), expected)
+        assert np.allclose(list(found.values()), expected, atol=0.2 if expected == 0 else 1e-6)
 
 
 def test_motion_spreads_a_point_along_its_way():
