@@ -44,11 +44,13 @@ lgaf=$root/.venv/bin/lgaf
 [[ -x $lgaf ]] || lgaf=$(command -v lgaf) || fail "expected $root/.venv (make install) or lgaf on the PATH, found neither"
 
 # srun does not take over sbatch's --cpus-per-task. A rank that ends leaves the others half a minute to say which
-# one it was, or to leave with the same code: the highest is srun's.
+# one it was, or to leave with the same code: the highest is srun's. A signal in the first half second, before
+# Python can take it, ends a rank; nothing had begun then, and the job queues again all the same.
 code=0
+saved=75 died_of_usr1=$((128 + 10))
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=30 "$lgaf" train "$config" "$@" || code=$?
-if [[ $code -eq 75 ]]; then
-  echo "train_webface42m.sh: stopped and saved; the job queues again"
+if [[ $code -eq $saved || $code -eq $died_of_usr1 ]]; then
+  echo "train_webface42m.sh: told to stop; the job queues again"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

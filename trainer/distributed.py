@@ -248,13 +248,13 @@ def leave(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
     _end(code)
 
 
 def _end(code: int) -> NoReturn:
-    # A closed or broken output must not change the exit code. The last line is for what C libraries print.
+    # A closed or broken output must not change the exit code.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
-    ctypes.CDLL(None).fflush(None)
     os._exit(code)

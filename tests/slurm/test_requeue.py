@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -93,6 +94,30 @@ def test_the_batch_script_is_requeued_and_goes_on(how, slurm_cluster, run_option
     assert len(saved) == 1, said
     assert f"steps {saved[0]} to {STEPS}" in said
     assert said.count("the job queues again") == (signal == "USR1")
+    assert losses(run_dir) == straight
+
+
+def test_a_signal_before_python_can_take_it_requeues_too(
+    slurm_cluster, run_options, straight, tmp_path, monkeypatch
+):
+    # Python runs this first of all; once per rank, as the folder can be made once.
+    early = """
+        import os, signal
+        try:
+            os.mkdir("{}/" + os.environ["SLURM_PROCID"])
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGUSR1)
+    """.replace("{}", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(early))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    words = (f"--output={log}", SCRIPT, DEMO, *run_options, *options(f"run_dir={run_dir}"))
+    job = slurm_cluster.submit(*TWO_RANKS, *words, cwd=ROOT)
+    ended = slurm_cluster.wait(job, JOB_TIMEOUT_S)
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), log.read_text()
+    assert log.read_text().count("the job queues again") == 1
     assert losses(run_dir) == straight
 
 
