@@ -416,20 +416,25 @@ def show_attention(report: dict[str, Any]) -> None:
         "\nlgaf's TAR at FAR 1 % with one weight for all; and what the weight that is best for a kind, by the"
     )
     print("other seeds (in brackets, seed by seed), gains beside the attention:\n")
-    print("| kind | global alone | equal | local alone | attention | gain |\n" + "| --- " * 6 + "|")
+    print("| kind | its global | equal | its local | attention | gain |\n" + "| --- " * 6 + "|")
     weights, own = report["local_weights"], report["tar_at_far_0.01_RS"]["lgaf"]
     for kind in KINDS:
         tar_RW = np.array(
             [[by_kind(np.array(row))[kind] for row in rows] for rows in report["tar_by_local_weight_RWS"]]
         )
         own_R = np.array(seeds_by_kind(own)[kind])
-        best_R = [int(np.delete(tar_RW, r, axis=0).mean(0).argmax()) for r in range(len(tar_RW))]
-        gain_R = [tar_RW[r, best] - own_R[r] for r, best in enumerate(best_R)]
+        best_R, gain_R = gain_of_best(tar_RW, own_R)
         cells = [*(tar_RW[:, weights.index(w)].mean() for w in (0, 0.5, 1)), own_R.mean()]
         shown = " | ".join(f"{100 * cell:.1f}" for cell in cells)
         chosen = ", ".join(f"{weights[best]:.1f}" for best in best_R)
         spread = f"{100 * np.mean(gain_R):+.2f} ± {100 * np.std(gain_R, ddof=1):.2f}"
         print(f"| {kind} | {shown} | {spread} ({chosen}) |")
+
+
+def gain_of_best(tar_RW: np.ndarray, own_R: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Which weight is best by the other seeds, and what it gains, seed by seed. Needs two seeds or more."""
+    best_R = [int(np.delete(tar_RW, r, axis=0).mean(0).argmax()) for r in range(len(tar_RW))]
+    return best_R, tar_RW[np.arange(len(tar_RW)), best_R] - own_R
 
 
 def seeds_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:

@@ -23,7 +23,9 @@ _REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 def train(config: Path, overrides: Sequence[str] = ()) -> None:
     """As `trainer.job.train`, but a run that was told to stop by SIGUSR1 or SIGUSR2 is requeued.
 
-    A run that was told to stop ends the process. One that ends by itself returns, for submitit to note it.
+    A run that was told to stop ends the process. One that ends by itself returns, for submitit to write down
+    its result; the teardown of Python, which `leave` avoids, comes after that. A signal before submitit makes
+    this call is taken by nobody here.
     """
     try:
         with StopRequest() as stop:

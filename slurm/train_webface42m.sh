@@ -44,8 +44,8 @@ lgaf=$root/.venv/bin/lgaf
 [[ -x $lgaf ]] || lgaf=$(command -v lgaf) || fail "expected $root/.venv (make install) or lgaf on the PATH, found neither"
 
 # srun does not take over sbatch's --cpus-per-task. A rank that ends leaves the others half a minute to say which
-# one it was, or to leave with the same code: the highest is srun's. A signal in the first half second, before
-# Python can take it, ends a rank; nothing had begun then, and the job queues again all the same.
+# one it was, or to leave with the same code: the highest is srun's. A rank dies of a signal that comes before it
+# can take it, in its first moments, or after its run, in its last; nothing is lost, and the job queues again.
 code=0
 saved=75 died_of_usr1=$((128 + 10))
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=30 "$lgaf" train "$config" "$@" || code=$?

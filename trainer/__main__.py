@@ -142,16 +142,21 @@ def main() -> None:
     for entry in entry_points(group="lgaf.commands"):
         app.command(entry.name)(entry.load())
     try:
-        app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"lgaf: {error}", err=True)
-        sys.exit(1)
+        _run()
     except SystemExit as ended:
         if "trainer.distributed" in sys.modules and isinstance(ended.code, int | None):
             from trainer.distributed import leave
 
             leave(ended.code or 0)
         raise
+
+
+def _run() -> None:
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"lgaf: {error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from trainer.watchdog import HangError, Pulse
 # Ports below the range from which Linux hands out its own (32768 and up).
 _FIRST_PORT, _PORTS = 15_000, 16_000
 _JOIN_TIMEOUT = timedelta(minutes=10)
+_FLUSH_S = 5.0
 _CLOSED = r"onnection (closed|reset)|Broken pipe"
 
 
@@ -246,15 +247,24 @@ def leave(code: int) -> NoReturn:
     destruction, as parameters of DeepSpeed and defaults of torch's functions hold it, and a thread of it that
     wants the interpreter's lock during the teardown aborts the process. So are the `finally`s of callers.
     """
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
-    _end(code)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    finally:
+        _end(code)
 
 
 def _end(code: int) -> NoReturn:
+    """End the process now, when what was printed is out; or without it, as a stuck print holds its stream."""
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(_FLUSH_S)
+    os._exit(code)
+
+
+def _flush() -> None:
     # A closed or broken output must not change the exit code.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
-    os._exit(code)
+    ctypes.CDLL(None).fflush(None)  # what C libraries have printed

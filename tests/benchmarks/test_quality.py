@@ -21,6 +21,7 @@ from benchmarks.quality import (
     advantage,
     attention,
     by_kind,
+    gain_of_best,
     moved,
     normalized,
     tar_by_weight,
@@ -52,7 +53,7 @@ def test_networks_are_trained_and_compared(tmp_path):
     tar_RWS = np.array(report["tar_by_local_weight_RWS"])
     assert tar_RWS.shape == (2, len(LOCAL_WEIGHTS), len(CONDITIONS))
     assert "ahead of its twin on degraded faces" in done.stdout
-    assert done.stdout.rstrip().count("\n| pose |") == 1
+    assert done.stdout.count("\n| pose |") == 1
     for kind in KINDS:
         assert kind in page.read_text()
 
@@ -86,6 +87,13 @@ def test_one_weight_for_all_by_hand():
     assert (tar_WS[weights < 0.45] == 0).all()
 
 
+def test_the_best_weight_is_chosen_by_the_other_seeds():
+    tar_RW = np.array([[0.9, 0.1, 0.2], [0.1, 0.7, 0.2], [0.1, 0.6, 0.5]])
+    best_R, gain_R = gain_of_best(tar_RW, np.array([0.4, 0.5, 0.3]))
+    assert best_R == [1, 0, 0]
+    assert np.allclose(gain_R, [0.1 - 0.4, 0.1 - 0.5, 0.1 - 0.3])
+
+
 def test_advantage_against_loops():
     rng = np.random.default_rng(0)
     unit_NSKD = normalized(rng.normal(size=(3 * TAKES, 4, 2, 8)))
@@ -104,7 +112,7 @@ def test_attention_is_right_where_it_goes_to_the_better_branch_of_one_strength()
     unit_NSKD = normalized(rng.normal(size=(40 * TAKES, 1 + len(CONDITIONS), 2, 8)))
     norm_NSK = rng.uniform(1, 2, unit_NSKD.shape[:3])
     better_NS = advantage(unit_NSKD)
-    drift_S = np.arange(better_NS.shape[1]) * 100  # alike in both, and no matter
+    drift_S = np.arange(better_NS.shape[1]) * 100  # of the weight from strength to strength: not counted
     for weight_NS, expected in (
         (better_NS + drift_S, 1),
         (drift_S - better_NS, -1),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.trainer.processes import start
 from trainer.signals import EXIT_CODE
 
 OPTIONS = ("steps=2", "evaluation.sets=[]")
-# Modules go last of all.
+# Python clears `sys` last of all in its teardown: without one, nothing aborts.
 ABORTS_IN_THE_TEARDOWN = """
 import atexit, os, pathlib, sys
 class Late:
@@ -50,14 +51,16 @@ def trained(faces, tmp_path_factory):
         ("train", TOLD_IN_A_STEP.format(name="SIGTERM") + SUBMITIT, EXIT_CODE),
         ("eval", LGAF, 0),
         ("export", LGAF, 0),
+        ("export nowhere", LGAF, 1),
     ],
-    ids=["trained", "stopped", "stopped by submitit", "evaluated", "exported"],
+    ids=["trained", "stopped", "stopped by submitit", "evaluated", "exported", "failed after that"],
 )
 def test_the_interpreter_is_not_taken_apart(what, starter, code, trained, faces, tmp_path):
     words = {
         "train": train_words(tmp_path / "run", faces, *OPTIONS),
         "eval": ["eval", trained, "--pairs", faces / "held_out.bin"],
         "export": ["export", trained, "--out", tmp_path / "network.safetensors"],
+        "export nowhere": ["export", trained, "--out", "/proc/network.safetensors"],
     }
     script = ABORTS_IN_THE_TEARDOWN.format(mark=str(tmp_path / "orderly")) + starter
     with start([sys.executable, "-c", script, *words[what]]) as process:
@@ -89,4 +92,21 @@ def test_what_is_alive_is_waited_for_and_no_output_changes_the_code(ends_in, tmp
     done = subprocess.run(words, env=buffered, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (EXIT_CODE, "")
     if ends_in == "a file":
-        assert sorted((tmp_path / "out").read_text().split()) == ["c", "python"]
+        assert (tmp_path / "out").read_text() == "python c\n"
+
+
+def test_a_print_that_is_stuck_does_not_keep_the_process():
+    code = """
+        import os, threading, time
+        from trainer.distributed import _end
+        def end():
+            time.sleep(1)  # the main thread fills the pipe, which nobody reads
+            _end(1)
+        threading.Thread(target=end).start()
+        while True:
+            print("x" * 1000)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    buffered = environment() | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(words, env=buffered, stdout=subprocess.PIPE) as process:
+        assert process.wait(240) == 1
