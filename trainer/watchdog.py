@@ -75,16 +75,21 @@ class Pulse:
         self._rank_0 = _Life()
         self._is_store_lost = False
         self._is_over = threading.Event()
+        self._beating, self._watching = (
+            threading.Thread(target=run, daemon=True) for run in (self._beat, self._watch)
+        )
 
     def __enter__(self) -> Self:
-        for run in (self._beat, self._watch):
-            threading.Thread(target=run, daemon=True).start()
+        self._beating.start()
+        self._watching.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
+        # It may be in the store, and Python's teardown abort the process for it; but the store may hang.
+        self._beating.join(_BEAT_S)
 
     def limit(self, timeout_s: float) -> None:
         """From now on the process ends after so long without a note, thrice so long where that is slow."""

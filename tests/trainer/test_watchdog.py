@@ -138,10 +138,39 @@ def test_slow_things_have_three_times_as_long(monkeypatch):
     assert ended[0] == "nothing was done for 0.3 s (watchdog.timeout_s)"
 
 
-def test_no_thread_of_a_finished_pulse_keeps_the_process():
+def test_nothing_beats_when_the_pulse_is_over(monkeypatch):
+    monkeypatch.setattr(watchdog, "_BEAT_S", 60)
+    begun, may_end = threading.Event(), threading.Event()
+    (pulse,) = pulses(1, print)
+
+    def publish(beat):
+        begun.set()
+        assert may_end.wait(20)
+
+    pulse._publish = publish
+    with pulse:
+        assert begun.wait(20)
+        threading.Timer(0.3, may_end.set).start()
+    assert not pulse._beating.is_alive()
+
+
+def test_a_store_that_hangs_does_not_keep_a_pulse_from_being_over(monkeypatch):
+    monkeypatch.setattr(watchdog, "_BEAT_S", 0.02)
+    begun, may_end = threading.Event(), threading.Event()
+    (pulse,) = pulses(1, print)
+    pulse._publish = lambda beat: (begun.set(), may_end.wait(60))
+    with pulse:
+        assert begun.wait(20)
+    assert pulse._beating.is_alive()
+    may_end.set()
+
+
+def test_a_pulse_does_not_keep_the_process():
     code = """
         import torch.distributed as dist
+        from trainer.distributed import leave
         from trainer.watchdog import Pulse
         Pulse(dist.HashStore(), 0, 1, keeper="nobody", end=print).__enter__()
+        leave(0)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=True)
