@@ -267,7 +267,13 @@ class _SummingFileSystem(FileSystem):
         """Open a file; what is written to it is summed."""
         with open(path, mode) as raw:
             stream = SummedFile(cast(BinaryIO, raw))
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:
+                # After a write that failed torch complains of the position in the file, not of the cause.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         self.sums[Path(path).name] = stream.sum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

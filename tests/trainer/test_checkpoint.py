@@ -277,3 +277,20 @@ def test_the_manifest_is_plain_json(saved):
         "dataset": {"images": 7},
         "versions": {"torch": "0"},
     }
+
+
+@pytest.mark.parametrize("size", [3, 1000, 300_000])
+def test_a_write_that_fails_anywhere_in_a_file_says_why(size, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said, tensor = [], torch.zeros(size)
+    for limit in (*range(0, 1000, 61), 100_000, 1_150_000):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with checkpoint._SummingFileSystem().create_stream(tmp_path / "file", "wb") as stream:
+                torch.save(tensor, stream)
+        except Exception as error:
+            said.append(repr(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) > 10
+    assert set(said) == {"OSError(27, 'File too large')"}
