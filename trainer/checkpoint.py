@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer import checkpoint_files as files
 from trainer.checkpoint_files import CheckpointError, Header
-from trainer.summed_files import FileSum, SummedFile
+from trainer.summed_files import FileSum, SummedFile, naming_the_cause
 
 _PICKLED = {
     "torch.distributed.checkpoint.metadata": (
@@ -267,13 +267,8 @@ class _SummingFileSystem(FileSystem):
         """Open a file; what is written to it is summed."""
         with open(path, mode) as raw:
             stream = SummedFile(cast(BinaryIO, raw))
-            try:
+            with naming_the_cause():
                 yield stream
-            except RuntimeError as error:
-                # After a write that failed torch complains of the position in the file, not of the cause.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
         self.sums[Path(path).name] = stream.sum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

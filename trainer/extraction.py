@@ -22,6 +22,7 @@ from trainer.backbones import Backbone, BackboneConfig
 from trainer.config import EngineConfig, RunConfig
 from trainer.distributed import Ranks, join
 from trainer.packages import require
+from trainer.summed_files import naming_the_cause
 
 SAFETENSORS = ".safetensors"
 
@@ -87,8 +88,9 @@ def write_pt(network: Network, out: Path) -> None:
         "step": network.step,
         "state": network.model.cpu().state_dict(),
     }
-    with staged_file(out) as partial:
-        torch.save(content, partial)
+    # A file of Python's: torch's own does not say why it cannot be written.
+    with staged_file(out) as partial, open(partial, "wb") as file, naming_the_cause():
+        torch.save(content, file)
 
 
 def write_safetensors(network: Network, out: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,20 @@ class FileSum:
                 crc = zlib.crc32(memoryview(piece)[:count], crc)
                 size += count
         return cls(size, f"{crc:08x}")
+
+
+@contextlib.contextmanager
+def naming_the_cause() -> Iterator[None]:
+    """For torch.save: where a write to the file fails, its OSError comes out.
+
+    torch would complain of the position in the file instead.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class BriskFile:

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import resource
 import stat
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def test_others_may_read_what_is_written(network, tmp_path):
     }
     (tmp_path / "plain").touch()
     assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
+
+
+@pytest.mark.parametrize("room", [0, 500, 5000])
+def test_a_full_disk_is_named_and_nothing_is_left(room, network, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=rf"^{re.escape(str(tmp_path / 'n.pt'))}: expected room to write"):
+            extraction.write_pt(network, tmp_path / "n.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_safetensors_say_what_images_they_take(network, tmp_path):
