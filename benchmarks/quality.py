@@ -304,14 +304,15 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
         sharp_NK = one.norm_NSK[:, 1]
         shifted.append((one.norm_NSK - sharp_NK.mean(0)) / sharp_NK.std(0))
     norm_NSK = np.concatenate(shifted)
+    advantages = [advantage(one.unit_NSKD) for one in seen]
     return {
         "norm_mean_SK": norm_NSK[:, 1:].mean(0).tolist(),
         "norm_std_SK": norm_NSK[:, 1:].std(0).tolist(),
         "local_weight_RS": [one.weight_NSK[:, 1:, LOCAL].mean(0).tolist() for one in seen],
         "weight_and_advantage_R": {
             kind: [
-                _within(one.weight_NSK[:, at, LOCAL], advantage(one.unit_NSKD[:, [0, *at]])[:, 1:])
-                for one in seen
+                _within(one.weight_NSK[:, at, LOCAL], advantage_NS[:, at])
+                for one, advantage_NS in zip(seen, advantages, strict=True)
             ]
             for kind, at in _columns().items()
         },
@@ -388,10 +389,10 @@ def show(report: dict[str, Any]) -> None:
         print(f"\n{title}, percent; mean and deviation over {len(report['seeds'])} seeds\n")
         print("| network | MFLOP | " + " | ".join(kinds) + " |\n" + "| --- " * (2 + len(kinds)) + "|")
         for name, rows in report[key].items():
-            cells = seeds_by_kind(rows)
+            cells = rows_by_kind(rows)
             shown = [f"{100 * np.mean(cells[k]):.2f} ± {100 * np.std(cells[k], ddof=1):.2f}" for k in kinds]
             print(f"| {name} | {report['operations'][name] / 1e6:.1f} | " + " | ".join(shown) + " |")
-        ahead = np.subtract(*(seeds_by_kind(report[key][name])["degraded"] for name in ("lgaf", "twin")))
+        ahead = np.subtract(*(rows_by_kind(report[key][name])["degraded"] for name in ("lgaf", "twin")))
         each = ", ".join(f"{100 * one:+.2f}" for one in ahead)
         print(f"\nlgaf ahead of its twin on degraded faces: {100 * ahead.mean():+.2f} (seed by seed {each})")
     show_attention(report)
@@ -418,11 +419,10 @@ def show_attention(report: dict[str, Any]) -> None:
     print("other seeds (in brackets, seed by seed), gains beside the attention:\n")
     print("| kind | its global | equal | its local | attention | gain |\n" + "| --- " * 6 + "|")
     weights, own = report["local_weights"], report["tar_at_far_0.01_RS"]["lgaf"]
+    own_R_by_kind = rows_by_kind(own)
+    tar_W_by_kind = [rows_by_kind(rows) for rows in report["tar_by_local_weight_RWS"]]
     for kind in KINDS:
-        tar_RW = np.array(
-            [[by_kind(np.array(row))[kind] for row in rows] for rows in report["tar_by_local_weight_RWS"]]
-        )
-        own_R = np.array(seeds_by_kind(own)[kind])
+        tar_RW, own_R = np.array([one[kind] for one in tar_W_by_kind]), np.array(own_R_by_kind[kind])
         best_R, gain_R = gain_of_best(tar_RW, own_R)
         cells = [*(tar_RW[:, weights.index(w)].mean() for w in (0, 0.5, 1)), own_R.mean()]
         shown = " | ".join(f"{100 * cell:.1f}" for cell in cells)
@@ -437,8 +437,8 @@ def gain_of_best(tar_RW: np.ndarray, own_R: np.ndarray) -> tuple[list[int], np.n
     return best_R, tar_RW[np.arange(len(tar_RW)), best_R] - own_R
 
 
-def seeds_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:
-    """Kind -> one figure per seed."""
+def rows_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:
+    """Kind -> one figure per row of figures by condition: per seed, say, or per weight."""
     each = [by_kind(np.array(row)) for row in rows]
     return {kind: [one[kind] for one in each] for kind in each[0]}
 

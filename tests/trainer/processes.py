@@ -51,10 +51,17 @@ def wait_for(
         time.sleep(pause_s)
 
 
-def patched(folder: Path, code: str, *, ranks: int = 1) -> list[str | Path]:
-    """`lgaf`, alone or under torchrun, in processes that run `code` first: how a test injects a fault."""
+LGAF = "from trainer.__main__ import main; main()"
+SUBMITIT = "import pathlib, sys, slurm.job as job; job.train(pathlib.Path(sys.argv[2]), sys.argv[4::2])"
+
+
+def patched(folder: Path, code: str, *, ranks: int = 1, starter: str = LGAF) -> list[str | Path]:
+    """`lgaf`, alone or under torchrun, in processes that run `code` first: how a test injects a fault.
+
+    Or what submitit calls, for the same words of a training.
+    """
     script = folder / "patched.py"
-    script.write_text(textwrap.dedent(code) + "\nfrom trainer.__main__ import main\nmain()\n")
+    script.write_text(f"{textwrap.dedent(code)}\n{starter}\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *(launcher if ranks > 1 else []), script]
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from tests.trainer.conftest import environment, run, train_words
-from tests.trainer.processes import start
+from tests.trainer.processes import LGAF, SUBMITIT, patched, start
 from trainer.signals import EXIT_CODE
 
 OPTIONS = ("steps=2", "evaluation.sets=[]")
@@ -20,17 +20,16 @@ class Late:
 sys.late = Late()
 atexit.register(pathlib.Path({mark!r}).touch)
 """
+# SIGTERM: after it nobody asks Slurm to queue the job again.
 TOLD_IN_A_STEP = """
 import signal
 from trainer import loop
 seed = loop.seed_dropout
 def told(*given):
-    os.kill(os.getpid(), signal.{name})
+    os.kill(os.getpid(), signal.SIGTERM)
     seed(*given)
 loop.seed_dropout = told
 """
-LGAF = "\nfrom trainer.__main__ import main; main()"
-SUBMITIT = "\nfrom slurm.job import train; train(pathlib.Path(sys.argv[2]), sys.argv[4::2])"
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +41,27 @@ def trained(faces, tmp_path_factory):
     return run_dir
 
 
-# SIGTERM, after which nobody asks Slurm to queue the job again.
 @pytest.mark.parametrize(
-    ("what", "starter", "code"),
+    ("what", "told", "starter", "code"),
     [
-        ("train", LGAF, 0),
-        ("train", TOLD_IN_A_STEP.format(name="SIGTERM") + LGAF, EXIT_CODE),
-        ("train", TOLD_IN_A_STEP.format(name="SIGTERM") + SUBMITIT, EXIT_CODE),
-        ("eval", LGAF, 0),
-        ("export", LGAF, 0),
-        ("export nowhere", LGAF, 1),
+        ("train", "", LGAF, 0),
+        ("train", TOLD_IN_A_STEP, LGAF, EXIT_CODE),
+        ("train", TOLD_IN_A_STEP, SUBMITIT, EXIT_CODE),
+        ("eval", "", LGAF, 0),
+        ("export", "", LGAF, 0),
+        ("export nowhere", "", LGAF, 1),
     ],
     ids=["trained", "stopped", "stopped by submitit", "evaluated", "exported", "failed after that"],
 )
-def test_the_interpreter_is_not_taken_apart(what, starter, code, trained, faces, tmp_path):
+def test_the_interpreter_is_not_taken_apart(what, told, starter, code, trained, faces, tmp_path):
     words = {
         "train": train_words(tmp_path / "run", faces, *OPTIONS),
         "eval": ["eval", trained, "--pairs", faces / "held_out.bin"],
         "export": ["export", trained, "--out", tmp_path / "network.safetensors"],
         "export nowhere": ["export", trained, "--out", "/proc/network.safetensors"],
     }
-    script = ABORTS_IN_THE_TEARDOWN.format(mark=str(tmp_path / "orderly")) + starter
-    with start([sys.executable, "-c", script, *words[what]]) as process:
+    first = ABORTS_IN_THE_TEARDOWN.format(mark=str(tmp_path / "orderly")) + told
+    with start([*patched(tmp_path, first, starter=starter), *words[what]]) as process:
         _, said = process.communicate(timeout=240)
     assert process.returncode == code, said
     assert (tmp_path / "orderly").exists()

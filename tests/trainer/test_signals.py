@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from tests.trainer.conftest import command, losses, run, train_words
-from tests.trainer.processes import children, start, wait_for
+from tests.trainer.processes import LGAF, SUBMITIT, children, patched, start, wait_for
 from trainer.signals import EXIT_CODE, Stopped, StopRequest, name_of
 
 STEPS = 12
@@ -61,7 +61,7 @@ def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(number, straig
 
 
 TOLD_AS_TORCH_IS_LOADED = """
-import os, pathlib, signal, sys
+import os, signal, sys
 
 class Early:
     def find_spec(self, name, path, target=None):
@@ -71,17 +71,13 @@ class Early:
 
 sys.meta_path.insert(0, Early())
 """
-STARTERS = {
-    "lgaf": "from trainer.__main__ import main; main()",
-    "submitit": "from slurm.job import train; train(pathlib.Path(sys.argv[2]), sys.argv[4::2])",
-}
 
 
-@pytest.mark.parametrize("starter", STARTERS.values(), ids=STARTERS)
+@pytest.mark.parametrize("starter", [LGAF, SUBMITIT], ids=["lgaf", "submitit"])
 def test_a_signal_counts_that_comes_while_the_process_starts(starter, straight, faces, tmp_path):
     run_dir = tmp_path / "run"
     words = train_words(run_dir, faces, *OPTIONS)
-    with start([sys.executable, "-c", TOLD_AS_TORCH_IS_LOADED + starter, *words]) as process:
+    with start([*patched(tmp_path, TOLD_AS_TORCH_IS_LOADED, starter=starter), *words]) as process:
         _, said = process.communicate(timeout=240)
     assert process.returncode == EXIT_CODE, said
     assert "SIGTERM: saved at step 1; leaving with exit code 75" in said
