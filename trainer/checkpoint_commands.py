@@ -59,6 +59,18 @@ def verify(checkpoint: Annotated[Path, _EITHER]) -> None:
 
 
 @app.command()
+def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
+    """Rewrite a checkpoint, or all of a run, that an older lgaf wrote with torch's pickled metadata."""
+    from trainer import checkpoint_convert
+
+    for one in _chosen(checkpoint):
+        is_old = files.read_manifest(one).format != files.FORMAT
+        if is_old:
+            checkpoint_convert.convert(one)
+        typer.echo(f"{one.name}: {'rewritten' if is_old else 'is of the present format'}")
+
+
+@app.command()
 def prune(
     run: Annotated[Path, _RUN],
     keep: Annotated[int, typer.Option(min=1, help="number of newest whole checkpoints to keep")],

@@ -1,9 +1,10 @@
 """Checkpoints as files: what one holds, whether it is whole, how it appears and when it goes. Without torch.
 
     run_dir/checkpoints/step-00001000/
-        *.distcp, .metadata     the tensors (trainer/checkpoint.py)
-        checkpoint.json         the manifest: step, configuration, dataset, versions; size and CRC-32 of every
-                                other file, and of itself. Written last
+        rank-0.bin, ...         the bytes of tensors, one file for each rank that wrote (checkpoint_storage.py)
+        checkpoint.json         the manifest: step, configuration, dataset, versions; name, dtype, shape and
+                                chunks of every tensor; size and CRC-32 of every other file, and of itself.
+                                Written last
 
 What is being written or removed has a name that begins with a dot. A folder gets the name step-N by one
 rename, after all that it holds has reached the disk; it loses it by one rename before anything in it goes.
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +31,22 @@ from data_pipeline.staging import write_through
 from trainer.summed_files import FileSum
 
 MANIFEST = "checkpoint.json"
+# 1, which no manifest names, has its tensors described by a pickle of torch's: see checkpoint_convert.py.
+FORMAT = 2
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 _NAME = re.compile(r"step-(\d+)")
+_PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 
 
 class CheckpointError(ValueError):
@@ -48,12 +65,50 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """`rows` rows of a tensor from row `start` on: `length` bytes of a file from `offset` on.
+
+    The bytes are the elements in row-major order, little-endian. A tensor without dimensions is one row.
+    """
+
+    start: int
+    rows: int
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a checkpoint: its dtype as torch names it, its shape, and its chunks from the first row on."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of one row in bytes."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape[1:])
+
+    @property
+    def rows(self) -> int:
+        """The number of rows; 1 for a tensor without dimensions."""
+        return self.shape[0] if self.shape else 1
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The header, when it was written (seconds since 1970), and the sums of all files but the manifest."""
+    """All that is known of a checkpoint: header, time of writing, sums of all other files, tensors by name.
+
+    `time_s` counts seconds since 1970. In format 1 the tensors are not described here, and `tensors` is empty.
+    """
 
     header: Header
     time_s: float
     files: dict[str, FileSum]
+    tensors: dict[str, StoredTensor]
+    format: int = FORMAT
 
 
 class Look(Protocol):
@@ -93,21 +148,29 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).exists() or (_NAME.fullmatch(path.name) is not None and path.is_dir())
 
 
-def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder for the files of a checkpoint at `step`."""
-    partial = partial_path(final_path(run_dir, step))
+def begin(final: Path) -> Path:
+    """Make an empty folder for the files of the checkpoint that will be called `final`."""
+    partial = partial_path(final)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     return partial
 
 
-def publish(partial: Path, final: Path, header: Header, files: dict[str, FileSum]) -> None:
+def publish(
+    partial: Path,
+    final: Path,
+    header: Header,
+    files: dict[str, FileSum],
+    tensors: dict[str, StoredTensor],
+) -> None:
     """Give the name `final` to the files in `partial`, which are on the disk already, with a manifest.
 
     A checkpoint that has the name goes, but not before: a kill between the two renames is mended by `clean`.
     """
-    write_through(partial / MANIFEST, _sealed(Manifest(header, time.time(), files)))
+    manifest = Manifest(header, time.time(), files, tensors)
+    _check(manifest)
+    write_through(partial / MANIFEST, _sealed(manifest))
     _sync_folder(partial)
     before = final.with_name(f".{final.name}.old")
     if final.exists():
@@ -159,21 +222,69 @@ def superfluous(
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Raises CheckpointError if the manifest is missing or damaged."""
+    """Read the manifest. Raises CheckpointError if it is missing, damaged, or of a newer format."""
     path = checkpoint / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
         held = json.loads(text)
-        files = {name: FileSum(**entry) for name, entry in held.pop("files").items()}
-        time_s, _ = held.pop("time_s"), held.pop("crc32")
-        manifest = Manifest(Header(**held), time_s, files)
+        if held.get("format", 1) not in (1, FORMAT):
+            raise ValueError(f"format {held['format']!r}, of a newer lgaf")
+        manifest = _parsed(held)
+        _check(manifest)
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error!r}") from error
     if _sealed(manifest) != text:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found one that was changed")
     return manifest
+
+
+def as_json(table: Mapping[str, FileSum | StoredTensor]) -> dict[str, Any]:
+    """A table of files or of tensors as plain values, by name."""
+    return {name: asdict(entry) for name, entry in sorted(table.items())}
+
+
+def table_from_json(held: dict[str, Any]) -> dict[str, StoredTensor]:
+    """The table of tensors that `as_json` made plain."""
+    return {
+        name: StoredTensor(
+            entry["dtype"], tuple(entry["shape"]), tuple(Chunk(**chunk) for chunk in entry["chunks"])
+        )
+        for name, entry in held.items()
+    }
+
+
+def _parsed(held: dict[str, Any]) -> Manifest:
+    files = {name: FileSum(**entry) for name, entry in held.pop("files").items()}
+    tensors = table_from_json(held.pop("tensors", {}))
+    form, time_s, _ = held.pop("format", 1), held.pop("time_s"), held.pop("crc32")
+    return Manifest(Header(**held), time_s, files, tensors, form)
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError unless every row of every tensor is described once, by bytes that a file has."""
+    for name in manifest.files:
+        if name == MANIFEST or not _PLAIN.fullmatch(name) or not name.strip("."):
+            raise ValueError(f"the file name {name!r}")
+    for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in ITEM_BYTES or not all(map(_is_count, tensor.shape)):
+            raise ValueError(f"the tensor {name!r} of dtype {tensor.dtype!r} and shape {tensor.shape!r}")
+        row = 0
+        for chunk in tensor.chunks:
+            if not all(map(_is_count, (chunk.start, chunk.rows, chunk.offset, chunk.length))):
+                raise ValueError(f"{chunk!r} of {name!r}")
+            if chunk.start != row or chunk.length != chunk.rows * tensor.row_bytes:
+                raise ValueError(f"{chunk!r} of {name!r}, expected {tensor.row_bytes} bytes a row from {row} on")
+            if chunk.offset + chunk.length > manifest.files[chunk.file].size:
+                raise ValueError(f"{chunk!r} of {name!r}, beyond the end of its file")
+            row += chunk.rows
+        if row != tensor.rows:
+            raise ValueError(f"{row} rows of {name!r}, expected {tensor.rows}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def wrong_size(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -226,9 +337,11 @@ def _share(manifest: Manifest, part: int, parts: int) -> Iterable[tuple[str, Fil
 def _sealed(manifest: Manifest) -> str:
     """The text of a manifest; it ends with its own CRC-32, and only this very text is accepted."""
     content = {
+        **({} if manifest.format == 1 else {"format": manifest.format}),
         **asdict(manifest.header),
         "time_s": manifest.time_s,
-        "files": {name: asdict(entry) for name, entry in sorted(manifest.files.items())},
+        "files": as_json(manifest.files),
+        **({} if manifest.format == 1 else {"tensors": as_json(manifest.tensors)}),
     }
     crc = zlib.crc32(json.dumps(content).encode())
     return json.dumps({**content, "crc32": f"{crc:08x}"}, indent=1) + "\n"

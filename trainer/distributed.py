@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import json
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -165,6 +166,26 @@ def join() -> Iterator[Ranks]:
         # Rank 0 may host the store: nobody leaves while another still needs it.
         dist.barrier()
         dist.destroy_process_group()
+
+
+def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Return what each rank of `group` brings, on all of them; JSON, which unlike a pickle runs nothing."""
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
+    longest = int(max(sizes))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    dist.all_gather(texts, padded, group=group)
+    return [
+        json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)
+    ]
+
+
+def from_first(value: Any, group: dist.ProcessGroup) -> Any:
+    """Return what rank 0 of `group` brings, on all ranks, as JSON."""
+    return gather_json(value if group.rank() == 0 else None, group)[0]
 
 
 def _store(where: Placement) -> dist.Store:

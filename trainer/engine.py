@@ -22,6 +22,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+import deepspeed.utils.numa
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -50,6 +51,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 # Compiled at the first use on a CPU, for collectives that are not used here; and a process that is killed
 # while it compiles leaves a lock behind for which all later runs would wait.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# It would run `numactl`, again and again, to count devices that a CPU has not; and a PATH with a folder that
+# one may not read ends the training then.
+deepspeed.utils.numa.get_numa_cores = lambda: []
 # An optimizer that is not used here, which DeepSpeed imports with any. It asks for three compiled functions,
 # and that imports torch's compiler: 1.3 of the 6.9 s after which a small training ended its first step.
 with contextlib.suppress(ImportError), mock.patch("torch.compile", lambda function: function):

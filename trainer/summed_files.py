@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
+import stat
 import threading
 import zlib
 from collections.abc import Iterator
@@ -28,11 +31,21 @@ class FileSum:
         """Read a file. Raises OSError."""
         size = crc = 0
         piece = bytearray(_PIECE)
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             while count := file.readinto(piece):
                 crc = zlib.crc32(memoryview(piece)[:count], crc)
                 size += count
         return cls(size, f"{crc:08x}")
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file to read. Raises OSError if there is none, or if it is a link, a pipe or a device."""
+    # Without O_NONBLOCK the opening of a pipe would wait for a writer.
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return io.FileIO(handle, "rb")
 
 
 @contextlib.contextmanager

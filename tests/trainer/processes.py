@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.trainer.conftest import environment
+from trainer import checkpoint_files as files
+from trainer import checkpoint_storage as storage
 
 
 def start(words: Sequence[str | Path], **variables: str) -> subprocess.Popen[str]:
@@ -74,8 +75,9 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def state_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint by its name, whole."""
-    dcp_to_torch_save(checkpoint, folder / "state.pt")
-    parts = torch.load(folder / "state.pt", weights_only=True)
-    return {f"{part}.{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
+    table = files.read_manifest(checkpoint).tensors
+    state = {name: torch.empty(held.shape, dtype=getattr(torch, held.dtype)) for name, held in table.items()}
+    storage.read(checkpoint, state, table)
+    return state

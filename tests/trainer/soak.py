@@ -116,11 +116,11 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def compare(disturbed_dir: Path, peaceful_dir: Path, folder: Path) -> None:
+def compare(disturbed_dir: Path, peaceful_dir: Path) -> None:
     """Raise AssertionError unless losses and final state are the same, and nothing temporary is left."""
     assert losses(disturbed_dir) == losses(peaceful_dir)
     last = f"step-{max(losses(peaceful_dir)):08d}"
-    found, expected = (state_of(run / "checkpoints" / last, folder) for run in (disturbed_dir, peaceful_dir))
+    found, expected = (state_of(run / "checkpoints" / last) for run in (disturbed_dir, peaceful_dir))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         if "running_" in name:  # averaged over ranks when saved: the same to rounding
@@ -137,7 +137,7 @@ def soak(folder: Path, data: Path, kills: int, seed: int) -> str:
     peaceful = train(folder / "peaceful", data, steps, 0, seed)
     disturbed = train(folder / "disturbed", data, steps, kills, seed)
     assert disturbed.kills == kills, f"the run ended after {disturbed.kills} of {kills} kills"
-    compare(folder / "disturbed", folder / "peaceful", folder)
+    compare(folder / "disturbed", folder / "peaceful")
     return (
         f"{kills} kills, {disturbed.while_saving} of them while saving: the same losses and final state; "
         f"useful: {steps / disturbed.computed:.0%} of the {disturbed.computed} steps computed, "

@@ -12,11 +12,11 @@ from trainer.summed_files import FileSum
 
 
 def write(run_dir, step, content=b"tensors", config=()):
-    partial = files.begin(run_dir, step)
-    (partial / "data").write_bytes(content)
     final = files.final_path(run_dir, step)
+    partial = files.begin(final)
+    (partial / "data").write_bytes(content)
     sums = {"data": FileSum(len(content), f"{zlib.crc32(content):08x}")}
-    files.publish(partial, final, Header(step, dict(config), {}, {}), sums)
+    files.publish(partial, final, Header(step, dict(config), {}, {}), sums, {})
     return final
 
 
@@ -77,7 +77,7 @@ def test_never_is_a_good_one_lost_that_is_wanted(tmp_path_factory, are_good, kee
 
 def test_leftovers_go_and_checkpoints_do_not(tmp_path):
     write(tmp_path, 10)
-    (files.begin(tmp_path, 20) / "data").write_bytes(b"half")
+    (files.begin(files.final_path(tmp_path, 20)) / "data").write_bytes(b"half")
     (files.folder_of(tmp_path) / ".step-00000010.old").mkdir()
     files.clean(tmp_path)
     assert [path.name for path in files.folder_of(tmp_path).iterdir()] == ["step-00000010"]

@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(combination, straight_run
     assert losses(killed) == losses(straight)
     assert len(losses(killed)) == STEPS
     found, expected = (
-        state_of(run_dir / "checkpoints" / f"step-{STEPS:08d}", tmp_path) for run_dir in (killed, straight)
+        state_of(run_dir / "checkpoints" / f"step-{STEPS:08d}") for run_dir in (killed, straight)
     )
     assert found.keys() == expected.keys()
     kinds = {name.partition(".")[0] for name in found}

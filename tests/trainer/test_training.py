@@ -266,7 +266,7 @@ def test_ranks_killed_while_they_save_go_on_from_the_checkpoint_before(straight,
 def test_a_damaged_checkpoint_is_passed_over_and_said_once(straight, faces, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
-    damaged = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "__1_0.distcp"
+    damaged = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "rank-1.bin"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
