@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := data/demo
+# `make demo DEMO_OPTIONS="--set steps=40"`.
+DEMO_OPTIONS ?=
 # For each reader; `make fuzz FUZZ_SECONDS=600` looks longer.
 FUZZ_SECONDS ?= 60
 
@@ -16,7 +18,7 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/lgaf data synth $(DEMO_DATA) --config configs/demo_data.toml
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m trainer train configs/demo.toml
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m trainer train configs/demo.toml $(DEMO_OPTIONS)
 
 test: install
 	$(BIN)/pytest

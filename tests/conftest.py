@@ -1,14 +1,32 @@
-"""What tests of all rooms share: the environment of the MXNet oracle, built on first use and then kept."""
+"""What tests of all rooms share: what to do where a right is missing, and the environment of the MXNet oracle.
+
+That environment is built on first use and then kept.
+"""
 
 import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-mxnet"
 REQUIREMENTS = Path(__file__).with_name("mxnet-requirements.txt")
+
+
+def skip_without_right(reason: str) -> NoReturn:
+    """Skip a test that needs rights that this user has not; fail it where all must run (LGAF_TEST_ALL)."""
+    if os.environ.get("LGAF_TEST_ALL"):
+        pytest.fail(f"LGAF_TEST_ALL is set, so that nothing may be skipped, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def require_root(what: str) -> None:
+    """Skip a test, or fail it, unless it runs as root."""
+    if os.geteuid() != 0:
+        skip_without_right(f"{what} needs root, found user {os.geteuid()}")
 
 
 @pytest.fixture(scope="session")

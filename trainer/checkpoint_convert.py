@@ -155,7 +155,6 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the forbidden global {module}.{name}")
 
 
-
 class _Record:
     """An object of torch's, by its fields."""
 

@@ -275,7 +275,9 @@ def _check(manifest: Manifest) -> None:
             if not all(map(_is_count, (chunk.start, chunk.rows, chunk.offset, chunk.length))):
                 raise ValueError(f"{chunk!r} of {name!r}")
             if chunk.start != row or chunk.length != chunk.rows * tensor.row_bytes:
-                raise ValueError(f"{chunk!r} of {name!r}, expected {tensor.row_bytes} bytes a row from {row} on")
+                raise ValueError(
+                    f"{chunk!r} of {name!r}, expected {tensor.row_bytes} bytes a row from {row} on"
+                )
             if chunk.offset + chunk.length > manifest.files[chunk.file].size:
                 raise ValueError(f"{chunk!r} of {name!r}, beyond the end of its file")
             row += chunk.rows

@@ -155,4 +155,6 @@ def _torch_chunk(tensor: StoredTensor, chunk: Chunk) -> ChunkStorageMetadata:
     if not tensor.shape:
         return ChunkStorageMetadata(torch.Size(()), torch.Size(()))
     others = tensor.shape[1:]
-    return ChunkStorageMetadata(torch.Size((chunk.start, *(0 for _ in others))), torch.Size((chunk.rows, *others)))
+    return ChunkStorageMetadata(
+        torch.Size((chunk.start, *(0 for _ in others))), torch.Size((chunk.rows, *others))
+    )

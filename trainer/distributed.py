@@ -178,9 +178,7 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(mine)] = mine
     dist.all_gather(texts, padded, group=group)
-    return [
-        json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)
-    ]
+    return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
 def from_first(value: Any, group: dist.ProcessGroup) -> Any:

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.loopback_slurm import ClusterError, LoopbackSlurm
+from tests.conftest import require_root
 
 HOSTS = Path("/etc/hosts")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_root():
+    require_root("a Slurm on loopback")
 
 
 @pytest.fixture(scope="module")

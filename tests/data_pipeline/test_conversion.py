@@ -12,6 +12,7 @@ from data_pipeline.conversion import convert
 from data_pipeline.recordio import MAGIC_BYTES
 from data_pipeline.staging import locked
 from data_pipeline.tarshards import ShardWriter, index_shard
+from tests.conftest import skip_without_right
 
 
 def samples_of_shards(folder):
@@ -189,7 +190,7 @@ def test_a_full_file_system_is_named_as_well(dataset, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "none", disk], check=False).returncode:
-        pytest.skip("no right to mount a file system")
+        skip_without_right("no file system can be mounted here")
     try:
         with pytest.raises(OSError, match=r"out: expected room to write, found none \(No space left"):
             convert(dataset, disk / "out", shard_samples=2)

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.loopback_slurm import LoopbackSlurm
+from tests.conftest import require_root
 
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[LoopbackSlurm]:
     """A running Slurm of two nodes, 16 claimed CPUs each; ends with the session."""
+    require_root("a Slurm on loopback")
     with LoopbackSlurm() as cluster:
         yield cluster
 

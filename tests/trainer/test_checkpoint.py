@@ -320,7 +320,9 @@ def reseal(path, change):
 
 def outside(name):
     def change(manifest):
-        manifest["files"] = {name if key == "rank-0.bin" else key: it for key, it in manifest["files"].items()}
+        manifest["files"] = {
+            name if key == "rank-0.bin" else key: it for key, it in manifest["files"].items()
+        }
         for tensor in manifest["tensors"].values():
             for chunk in tensor["chunks"]:
                 chunk["file"] = chunk["file"].replace("rank-0.bin", name)
@@ -365,7 +367,9 @@ def test_a_crafted_manifest_is_refused(run_dir, alone, change, message):
     reseal(path, lambda manifest: None)
     assert files.damage(path) is None
     reseal(path, change)
-    with pytest.raises(CheckpointError, match=rf"checkpoint\.json: expected a .*manifest, found: .*{message}"):
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoint\.json: expected a .*manifest, found: .*{message}"
+    ):
         checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
     assert "checkpoint.json: expected a checkpoint's manifest" in files.damage(path)
 

@@ -13,14 +13,14 @@ import urllib.request
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from data_pipeline import recordio
 from data_pipeline.insightface import InsightFaceWriter
 from data_pipeline.synthetic_set import write_set
 from data_pipeline.verification import read_pairs
+from tests.conftest import skip_without_right
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
-from tests.trainer.processes import children, kill_all, patched, start, wait_for
+from tests.trainer.processes import children, kill_all, patched, start, state_of, wait_for
 from trainer import checkpoint_files, extraction
 
 STEPS = 24
@@ -160,7 +160,7 @@ def test_a_full_disk_ends_the_run_only_at_its_last_step(faces, tmp_path):
 def mount_or_skip(*words):
     done = subprocess.run(["mount", *map(str, words)], text=True, capture_output=True)
     if done.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        skip_without_right(f"no file system can be mounted here: {done.stderr.strip()}")
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_full_disk_is_waited_out(disk, faces, tmp_path):
 
 def test_a_lost_file_system_is_waited_out(disk, faces, tmp_path):
     if shutil.which("mkfs.ext4") is None:
-        pytest.skip("no mkfs.ext4 here")
+        skip_without_right("there is no mkfs.ext4 here")
     image, run_dir = tmp_path / "image", tmp_path / "run"
     with open(image, "wb") as file:
         file.truncate(64 << 20)
@@ -332,12 +332,11 @@ def test_the_network_can_be_taken_out_and_begun_with(straight, faces, tmp_path):
     assert done.returncode == 0, done.stderr
     held = torch.load(out, weights_only=True)
     assert held["step"] == STEPS
-    saved = _load_state_dict_from_keys(
-        "backbone_weight", checkpoint_id=straight / "checkpoints" / f"step-{STEPS:08d}"
-    )
-    model = extraction.load_backbone(out)
-    for name, tensor in saved["backbone_weight"].items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    saved = state_of(straight / "checkpoints" / f"step-{STEPS:08d}")
+    weights = extraction.load_backbone(out).state_dict()
+    for name, tensor in weights.items():
+        part = next(part for part in ("backbone_weight", "backbone_buffer") if f"{part}.{name}" in saved)
+        assert torch.equal(saved[f"{part}.{name}"], tensor), name
     begun = run(
         *train_words(tmp_path / "run", faces, *OPTIONS, "steps=1", f"backbone.weights={out}"), ranks=2
     )
