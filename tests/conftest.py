@@ -1,4 +1,4 @@
-"""What tests of all rooms share: what to do where a right is missing, and the environment of the MXNet oracle.
+"""Shared by all tests: what to do where a right is missing, and the environment of the MXNet oracle.
 
 That environment is built on first use and then kept.
 """

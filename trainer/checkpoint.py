@@ -68,7 +68,8 @@ def save(
     """Write a checkpoint, then remove all but the `keep` newest that are whole, and multiples.
 
     Each rank brings its part as `share_out` deals it: its rows of divided tensors, which are DTensors, and
-    others that no other rank brings. What was begun is removed if it fails: CheckpointError then, on all ranks.
+    others that no other rank brings. If it fails, what was begun is removed and all ranks raise
+    CheckpointError.
     """
     final = files.final_path(run_dir, header.step)
     try:

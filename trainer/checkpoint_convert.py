@@ -20,7 +20,7 @@ import torch
 from trainer import checkpoint_files as files
 from trainer import checkpoint_storage as storage
 from trainer.checkpoint_files import CheckpointError, Chunk, StoredTensor
-from trainer.summed_files import SummedFile, open_regular
+from trainer.summed_files import FileSum, SummedFile, open_regular
 
 _METADATA = ".metadata"
 _CLASSES = {
@@ -34,7 +34,7 @@ _CLASSES = {
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
 }
-# What is not needed: memory formats (by value, or from Python 3.11.0 to 3.11.3 through getattr), layouts, paths.
+# Not needed: memory formats (which early releases of Python 3.11 name through getattr), layouts, paths.
 _IGNORED = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("builtins", "getattr"),
@@ -69,7 +69,8 @@ def convert(checkpoint: Path) -> None:
     partial = files.begin(checkpoint)
     try:
         shapes, chunks = _described(checkpoint / _METADATA)
-        sums, tables = {}, []
+        sums: dict[str, FileSum] = {}
+        tables: list[storage.Table] = []
         for name, of_file in chunks.items():
             if name not in manifest.files:
                 raise ValueError(f"its metadata names the file {name!r}, which the manifest does not")
@@ -87,8 +88,8 @@ def convert(checkpoint: Path) -> None:
     except Exception as error:  # a crafted pickle or archive can raise nearly anything
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint of format 1, as torch writes them, found: {error}; it is left "
-            "as it is"
+            f"{checkpoint}: expected a checkpoint of format 1, as torch writes them, found: {error}; it "
+            "is left as it is"
         ) from error
 
 
@@ -143,7 +144,7 @@ class _Unpickler(pickle.Unpickler):
     """Builds what torch's metadata describes from constructors of this module, never from what it names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a constructor that is made for this one place: what a pickle does to it has no other effect."""
+        """Return a constructor made for this one place: what a pickle does to it has no other effect."""
         if name in _CLASSES.get(module, ()):
             return type(name, (_Record,), {})
         if (module, name) in _IGNORED:

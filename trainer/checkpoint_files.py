@@ -1,7 +1,7 @@
 """Checkpoints as files: what one holds, whether it is whole, how it appears and when it goes. Without torch.
 
     run_dir/checkpoints/step-00001000/
-        rank-0.bin, ...         the bytes of tensors, one file for each rank that wrote (checkpoint_storage.py)
+        rank-0.bin, ...         the bytes of tensors, a file for each rank that wrote (checkpoint_storage.py)
         checkpoint.json         the manifest: step, configuration, dataset, versions; name, dtype, shape and
                                 chunks of every tensor; size and CRC-32 of every other file, and of itself.
                                 Written last
@@ -80,7 +80,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a checkpoint: its dtype as torch names it, its shape, and its chunks from the first row on."""
+    """A tensor in a checkpoint: its dtype as torch names it, its shape, its chunks from the first row on."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ class StoredTensor:
 class Manifest:
     """All that is known of a checkpoint: header, time of writing, sums of all other files, tensors by name.
 
-    `time_s` counts seconds since 1970. In format 1 the tensors are not described here, and `tensors` is empty.
+    `time_s` counts seconds since 1970. In format 1 `tensors` is empty: a pickle describes them.
     """
 
     header: Header

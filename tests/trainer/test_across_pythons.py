@@ -1,4 +1,4 @@
-"""A checkpoint is the same under every Python: each that is named in LGAF_PYTHONS reads what each has written."""
+"""Checkpoints across Pythons: each that LGAF_PYTHONS names reads what each has written."""
 
 import itertools
 import os
