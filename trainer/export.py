@@ -147,7 +147,10 @@ def _write_onnx(network: Network, out: Path) -> None:
 def _read_onnx(path: Path) -> Embed | None:
     if find_spec("onnxruntime") is None:
         return None
-    session = require("onnxruntime", "dev").InferenceSession(path, providers=["CPUExecutionProvider"])
+    onnxruntime = require("onnxruntime", "dev")
+    # It would keep an identity of this machine in the home folder, and warns where that cannot be written.
+    onnxruntime.disable_telemetry_events()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images_BCHW: torch.from_numpy(session.run(None, {"images": images_BCHW.numpy()})[0])
 
 
