@@ -7,17 +7,18 @@ own. The sides take turns for `--rounds` rounds, each writing into a new folder 
 nothing left to write; times are medians over the rounds.
 
     raw           the same bytes from the same memory into one file, then fsync: a plain copy
-    raw, brisk    the same through trainer/summed_files.py's BriskFile, as checkpoints are written
+    raw, brisk    the same through trainer/checkpoint/checksummed_file.py's BriskFile, as checkpoints are
+                  written
     insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank,
                   state dicts of the partial fc, the backbone and the optimizer; no fsync, as there; no sums,
                   and a kill while it writes leaves a broken file under the final name
-    synchronous   trainer/checkpoint.py called by the training itself: sums, manifest, fsync, rename
-    beside        trainer/saver.py, as a training uses it: held up for the copy, written by a thread. The
-                  copy's memory is allocated before, and how long that takes is shown too
+    synchronous   trainer/checkpoint/sharded.py called by the training itself: sums, manifest, fsync, rename
+    beside        trainer/checkpoint/async_saver.py, as a training uses it: held up for the copy, written by
+                  a thread. The copy's memory is allocated before, and how long that takes is shown too
 
 Nothing is trained meanwhile: the total of `beside` is that of a machine with a core to spare. The expected
-shares of useful time that follow come from these measurements, trainer/goodput.py, and a restart that takes
-`--restart-s`.
+shares of useful time that follow come from these measurements, benchmarks/goodput.py, and a restart that
+takes `--restart-s`.
 """
 
 from __future__ import annotations
@@ -38,16 +39,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.goodput import best_interval, goodput
 from partial_fc.collectives import logical
-from trainer import backbones, checkpoint
+from trainer import backbones
 from trainer.backbones import BackboneConfig
-from trainer.checkpoint import State
-from trainer.checkpoint_files import Header
+from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint.async_saver import Saver
+from trainer.checkpoint.checksummed_file import BriskFile
+from trainer.checkpoint.directory import Header
+from trainer.checkpoint.sharded import State
 from trainer.config import CheckpointConfig
-from trainer.goodput import best_interval, goodput
-from trainer.metrics import Metrics
-from trainer.saver import Saver
-from trainer.summed_files import BriskFile
+from trainer.monitoring.prometheus import Metrics
 
 HOUR_S = 3600
 FAILURES_EVERY_H = (1, 4, 24, 24 * 7)

@@ -43,9 +43,9 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from data_pipeline import recordio
-from data_pipeline.catalog import open_catalog
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.formats import recordio
+from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine
 from trainer import backbones

@@ -42,17 +42,19 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.faces import Nuisances
-from data_pipeline.parallel import in_order
-from data_pipeline.photograph import paint
-from data_pipeline.synthetic import HELD_OUT, SynthConfig, faces_of, nuisances_of
-from data_pipeline.synthetic_set import write_set
-from trainer import backbones, charts, report_page
+from data_pipeline.common.process_pool import in_order
+from data_pipeline.synthetic.dataset import write_set
+from data_pipeline.synthetic.face import Nuisances
+from data_pipeline.synthetic.identities import HELD_OUT, SynthConfig, faces_of, nuisances_of
+from data_pipeline.synthetic.render import paint
+from trainer import backbones
 from trainer import config as run_config
 from trainer.backbones import Backbone, BackboneConfig
 from trainer.backbones.lgaf import LGAF
-from trainer.evaluation.pair_protocol import roc
-from trainer.extraction import load_backbone
+from trainer.evaluation.metrics.verification import roc
+from trainer.inference.network import load_backbone
+from trainer.report import charts
+from trainer.report import page as report_page
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quality.toml"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import counter
+from data_pipeline import philox as counter
 from data_pipeline.config import (
     AugmentConfig,
     BlurConfig,

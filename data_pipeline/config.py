@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from data_pipeline.order import Blocks
+from data_pipeline.shuffle import Blocks
 
 
 class _Change(BaseModel):

@@ -21,8 +21,8 @@ from nvidia.dali.pipeline import do_not_convert
 
 from data_pipeline import augment
 from data_pipeline.augment import Augmentation
+from data_pipeline.common.pillow_decode import SIDES_PX, DecodeError, decoded, wrong_size
 from data_pipeline.config import AugmentConfig
-from data_pipeline.images import SIDES_PX, DecodeError, decoded, wrong_size
 
 EncodedBatch = tuple[list[np.ndarray], Augmentation]
 

@@ -18,13 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_pipeline import augment, order
+from data_pipeline import augment
+from data_pipeline import shuffle as order
 from data_pipeline.augment import Augmentation
-from data_pipeline.catalog import Catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import Decoder, EncodedBatch, UndecodableError
+from data_pipeline.formats.recordio import RecordError
+from data_pipeline.indexed.catalog import Catalog
 from data_pipeline.quarantine import Quarantine, QuarantineError, substitutes
-from data_pipeline.recordio import RecordError
 
 # Samples whose records and augmentation are found at once.
 _PLANNED = 8192

@@ -14,13 +14,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from data_pipeline.catalog import open_catalog
 from data_pipeline.config import DataConfig
+from data_pipeline.formats.recordio import RecordError
+from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine
-from data_pipeline.recordio import RecordError
-from data_pipeline.remote import first_cursor, shard_urls
-from data_pipeline.remote_loader import RemoteLoader
+from data_pipeline.streaming.loader import RemoteLoader
+from data_pipeline.streaming.samples import first_cursor, shard_urls
 
 
 class Place(NamedTuple):

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from partial_fc.config import FLOAT32_MAX_SCALE
 from partial_fc.margin import Margin
-from partial_fc.matrix import Inputs, Products
+from partial_fc.matmul import Inputs, Products
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
 from partial_fc.targets import Targets

@@ -1,6 +1,6 @@
 """`lgaf submit`: put a training run into a Slurm queue through submitit.
 
-What happens: submitit writes a batch script and a pickled call of `slurm.job.train` into the log folder and
+What happens: submitit writes a batch script and a pickled call of `slurm.task.train` into the log folder and
 hands the script to sbatch; the job's number and logs are printed. On the cluster every task makes that call,
 in the folder the command was given in; all nodes must share it and the log folder.
 """
@@ -72,7 +72,7 @@ def submit(
 
 def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str, Any]) -> submitit.Job[None]:
     # As above.
-    from slurm.job import train
+    from slurm.task import train
 
     if not shutil.which("sbatch"):
         raise ValueError(

@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline import commands, settings
-from trainer import checkpoint_commands, network_commands
-from trainer.signals import StopRequest
+from trainer import config_file as settings
+from trainer.cli import checkpoint as checkpoint_commands
+from trainer.cli import data as commands
+from trainer.cli import network as network_commands
+from trainer.runtime.signals import StopRequest
 
 # What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
 
@@ -71,7 +73,7 @@ def train(
     SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C to any rank: all save and end with exit code 75, to be started again.
     """
     with StopRequest() as stop:
-        from trainer import job
+        from trainer import entrypoints as job
 
         job.train(config, overrides or [], stop)
 
@@ -109,9 +111,9 @@ def evaluate(
     A suite leaves a folder of results and prints tables; pairs alone print JSON, and leave a
     folder only with --out. Works alone, under torchrun and under Slurm's srun.
     """
-    from trainer import job
+    from trainer import entrypoints as job
     from trainer.evaluation.suite import SuiteConfig, suite_of_pairs
-    from trainer.evaluation.tables import show
+    from trainer.report.tables import show
 
     if (suite is None) == (not pairs):
         raise ValueError(f"expected --suite or --pairs, found {'neither' if suite is None else 'both'}")
@@ -144,8 +146,8 @@ def main() -> None:
     try:
         _run()
     except SystemExit as ended:
-        if "trainer.distributed" in sys.modules and isinstance(ended.code, int | None):
-            from trainer.distributed import leave
+        if "trainer.runtime.ranks" in sys.modules and isinstance(ended.code, int | None):
+            from trainer.runtime.ranks import leave
 
             leave(ended.code or 0)
         raise

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_pipeline import settings
 from data_pipeline.config import DataConfig
 from partial_fc.config import HeadConfig
+from trainer import config_file as settings
 from trainer.backbones.config import BackboneConfig
 
 # Below it, oneDNN as torch 2.13 brings it crashes in the backward pass of strided 1x1 convolutions.

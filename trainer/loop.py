@@ -23,24 +23,25 @@ import torch.distributed as dist
 
 from data_pipeline.loader import Batch, Loader, Share
 from data_pipeline.quarantine import Quarantine
-from data_pipeline.remote_loader import RemoteLoader
 from data_pipeline.source import Place, Source, open_source
-from trainer import checkpoint, checkpoint_files
+from data_pipeline.streaming.loader import RemoteLoader
+from trainer.checkpoint import directory as checkpoint_files
+from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint.async_saver import Saver
 from trainer.config import RunConfig, micro_batch
-from trainer.distributed import Ranks
 from trainer.evaluation.during_training import Evaluation
-from trainer.evaluation.embedding import Embedder, Interrupted
-from trainer.evaluation.tables import shown, title
-from trainer.metrics import Metrics, serve
-from trainer.pace import Pace
-from trainer.progress import Display, Reading
-from trainer.records import Records, read
-from trainer.results import conclude
-from trainer.saver import Saver
+from trainer.inference.embedder import Embedder, Interrupted
+from trainer.monitoring.console import Display, Reading
+from trainer.monitoring.metrics_log import Records, read
+from trainer.monitoring.prometheus import Metrics, serve
+from trainer.monitoring.step_timer import Pace
+from trainer.report.summary import conclude
+from trainer.report.tables import shown, title
+from trainer.runtime.ranks import Ranks
+from trainer.runtime.signals import EXIT_CODE, StopRequest, name_of
 from trainer.schedule import learning_rate
-from trainer.signals import EXIT_CODE, StopRequest, name_of
 from trainer.step import Outcome, seed_dropout, train_step
-from trainer.trained import Trained, agreed_checkpoint, begin
+from trainer.train_state import Trained, agreed_checkpoint, begin
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _FIGURES_SHOWN = 3

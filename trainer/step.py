@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline import counter
+from data_pipeline import philox as counter
 from data_pipeline.loader import Batch
 from partial_fc import collectives
 from partial_fc.head import LabelError, PartialFC

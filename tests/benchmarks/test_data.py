@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.data import SIDES
-from data_pipeline.synthetic import SynthConfig
-from data_pipeline.synthetic_set import write_set
+from data_pipeline.synthetic.dataset import write_set
+from data_pipeline.synthetic.identities import SynthConfig
 
 ROOT = Path(__file__).parents[2]
 

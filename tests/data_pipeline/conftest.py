@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import recordio
-from data_pipeline.insightface import InsightFaceWriter
+from data_pipeline.formats import recordio
+from data_pipeline.formats.recordio_writer import InsightFaceWriter
 
 SIZE = 48
 

@@ -26,19 +26,19 @@ if __name__ == "__main__":
     import atheris
 
     # What Atheris puts around a comparison keeps numpy's results, megabytes for a chunk of records.
-    whole_arrays = ["data_pipeline.recordio_scan", "data_pipeline.tables"]
+    whole_arrays = ["data_pipeline.formats.recordio_scan", "data_pipeline.common.tables"]
     instrumented = atheris.instrument_imports(include=["data_pipeline"], exclude=whole_arrays)
 else:
     instrumented = contextlib.nullcontext()
 
 with instrumented:
-    from data_pipeline import recordio
-    from data_pipeline.catalog import DatasetError, open_catalog
-    from data_pipeline.insightface import FlatWriter, InsightFaceWriter
-    from data_pipeline.labels_sidecar import LABELS_SUFFIX, read_labels, write_labels
-    from data_pipeline.recordio import RecordError
-    from data_pipeline.tarshards import BLOCK, ShardError, ShardWriter, index_shard
-    from data_pipeline.verification import VerificationFileError, read_pairs, write_pairs
+    from data_pipeline.formats import recordio
+    from data_pipeline.formats.int64_labels import LABELS_SUFFIX, read_labels, write_labels
+    from data_pipeline.formats.pair_file import VerificationFileError, read_pairs, write_pairs
+    from data_pipeline.formats.recordio import RecordError
+    from data_pipeline.formats.recordio_writer import FlatWriter, InsightFaceWriter
+    from data_pipeline.formats.tar_index import BLOCK, ShardError, ShardWriter, index_shard
+    from data_pipeline.indexed.catalog import DatasetError, open_catalog
 
 # Where Atheris leaves the bytes that it found; ignored by git.
 FOUND = Path("build/fuzz")

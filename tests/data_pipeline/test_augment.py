@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import augment, settings
+from data_pipeline import augment
 from data_pipeline.config import AugmentConfig, DataConfig
+from trainer import config_file as settings
 
 CHANGES = [name for name in AugmentConfig.model_fields if name != "flip_probability"]
 MANY = np.arange(10_000)

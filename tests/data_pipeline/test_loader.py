@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import augment, order
-from data_pipeline.catalog import open_catalog
+from data_pipeline import augment
+from data_pipeline import shuffle as order
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import Decoder
+from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine
 
@@ -183,7 +184,7 @@ def test_an_error_of_the_source_ends_the_iteration_as_it_is(jpeg, error, prefetc
 PROGRAM = """
 import sys
 from pathlib import Path
-from data_pipeline.catalog import open_catalog
+from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import Quarantine

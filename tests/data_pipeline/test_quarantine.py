@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import order
-from data_pipeline.catalog import open_catalog
+from data_pipeline import shuffle as order
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.loader import Loader, Share
 from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError, substitutes
 

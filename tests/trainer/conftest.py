@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.synthetic import SynthConfig
-from data_pipeline.synthetic_set import write_set
+from data_pipeline.synthetic.dataset import write_set
+from data_pipeline.synthetic.identities import SynthConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "demo.toml"

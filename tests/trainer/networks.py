@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.backbones import BackboneConfig, build
-from trainer.extraction import Network
+from trainer.inference.network import Network
 
 STEP = 7
 

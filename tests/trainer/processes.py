@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tests.trainer.conftest import environment
-from trainer import checkpoint_files as files
-from trainer import checkpoint_storage as storage
+from trainer.checkpoint import directory as files
+from trainer.checkpoint import storage
 
 
 def start(words: Sequence[str | Path], **variables: str) -> subprocess.Popen[str]:
@@ -53,7 +53,7 @@ def wait_for(
 
 
 LGAF = "from trainer.__main__ import main; main()"
-SUBMITIT = "import pathlib, sys, slurm.job as job; job.train(pathlib.Path(sys.argv[2]), sys.argv[4::2])"
+SUBMITIT = "import pathlib, sys, slurm.task as job; job.train(pathlib.Path(sys.argv[2]), sys.argv[4::2])"
 
 
 def patched(folder: Path, code: str, *, ranks: int = 1, starter: str = LGAF) -> list[str | Path]:

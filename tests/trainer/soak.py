@@ -5,7 +5,7 @@
 
 torchrun starts the ranks anew after each kill. A kill comes after the run has got further than before: at a
 random time, or, every second one, while a checkpoint is being written; some follow while it starts again.
-With --every-s they come as failures do, at any time, and trainer/goodput.py is asked for its opinion.
+With --every-s they come as failures do, at any time, and benchmarks/goodput.py is asked for its opinion.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.synthetic_set import write_set
+from benchmarks.goodput import goodput
+from data_pipeline.synthetic.dataset import write_set
 from tests.trainer.conftest import SMALL, command, environment, losses, train_words
 from tests.trainer.processes import children, state_of
-from trainer import records
-from trainer.goodput import goodput
+from trainer.monitoring import metrics_log as records
 
 STEPS_BETWEEN_KILLS = 6
 STEPS_BETWEEN_SAVES = 20  # where kills come at any time

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import settings
+from trainer import config_file as settings
 from trainer.config import RunConfig, differences, micro_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from data_pipeline.conversion import convert
+from data_pipeline.tools.convert import convert
 from tests.trainer.conftest import losses, run, train_words
 
 STEPS = 12

@@ -14,14 +14,15 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from data_pipeline import recordio
-from data_pipeline.insightface import InsightFaceWriter
-from data_pipeline.synthetic_set import write_set
-from data_pipeline.verification import read_pairs
+from data_pipeline.formats import recordio
+from data_pipeline.formats.pair_file import read_pairs
+from data_pipeline.formats.recordio_writer import InsightFaceWriter
+from data_pipeline.synthetic.dataset import write_set
 from tests.conftest import skip_without_right
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
 from tests.trainer.processes import children, kill_all, patched, start, state_of, wait_for
-from trainer import checkpoint_files, extraction
+from trainer.checkpoint import directory as checkpoint_files
+from trainer.inference import network as extraction
 
 STEPS = 24
 SMALL_DISK = 128 << 10

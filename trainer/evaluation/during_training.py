@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline import settings
-from trainer.evaluation.embedding import Embedder
-from trainer.evaluation.pair_protocol import VerificationResult
+from trainer import config_file as settings
+from trainer.evaluation.metrics.verification import VerificationResult
 from trainer.evaluation.protocol import Results
+from trainer.evaluation.protocols.pairs import TASK, PairVerification, scores_of
 from trainer.evaluation.suite import Suite, SuiteConfig
-from trainer.evaluation.verification import TASK, PairVerification, scores_of
+from trainer.inference.embedder import Embedder
 
 
 class Evaluation:

@@ -22,7 +22,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from trainer.evaluation.similarity import chunks
+from trainer.evaluation.metrics.similarity import chunks
 
 
 class Face(NamedTuple):

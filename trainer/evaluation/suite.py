@@ -16,13 +16,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from trainer.config import Strict, files_by_name
-from trainer.evaluation.embedding import Embedder
-from trainer.evaluation.ijb import IJB
-from trainer.evaluation.megaface import MegaFace
 from trainer.evaluation.protocol import Protocol, Results, Scores
-from trainer.evaluation.scface import SCFace
-from trainer.evaluation.tinyface import TinyFace
-from trainer.evaluation.verification import TASK, PairVerification
+from trainer.evaluation.protocols.ijb import IJB
+from trainer.evaluation.protocols.megaface import MegaFace
+from trainer.evaluation.protocols.pairs import TASK, PairVerification
+from trainer.evaluation.protocols.scface import SCFace
+from trainer.evaluation.protocols.tinyface import TinyFace
+from trainer.inference.embedder import Embedder
 
 # By the keys of SuiteConfig, in the order in which they are evaluated.
 _KINDS: dict[str, Callable[[Path], Protocol]] = {

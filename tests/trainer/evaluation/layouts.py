@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from trainer.evaluation.alignment import TEMPLATE_52
+from trainer.inference.alignment import TEMPLATE_52
 
 
 @cache

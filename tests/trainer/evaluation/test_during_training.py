@@ -9,10 +9,10 @@ import pytest
 
 from tests.trainer.conftest import run, train_words
 from tests.trainer.processes import children, patched, start, wait_for
-from tests.trainer.test_report import Page
+from tests.trainer.report.test_training import Page
 from trainer.evaluation.during_training import Evaluation
-from trainer.metrics import Metrics
-from trainer.signals import EXIT_CODE
+from trainer.monitoring.prometheus import Metrics
+from trainer.runtime.signals import EXIT_CODE
 
 STEPS = 4
 OPTIONS = (f"steps={STEPS}", "checkpoint.every_steps=1000", "evaluation.every_steps=2", "log_every_steps=1")

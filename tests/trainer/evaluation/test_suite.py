@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_pipeline import settings
-from data_pipeline.verification import write_pairs
+from data_pipeline.formats.pair_file import write_pairs
 from tests.trainer.conftest import ROOT, run
 from tests.trainer.evaluation.layouts import write_ijb, write_megaface, write_scface, write_tinyface
-from tests.trainer.evaluation.test_embedding import picture
-from tests.trainer.test_report import Page
+from tests.trainer.inference.test_embedder import picture
+from tests.trainer.report.test_training import Page
 from trainer import backbones
+from trainer import config_file as settings
 from trainer.__main__ import app
 from trainer.backbones import BackboneConfig
-from trainer.evaluation.alignment import aligned
 from trainer.evaluation.suite import Suite, SuiteConfig
-from trainer.extraction import Network, write_pt
-from trainer.pictures import open_picture, resized, to_network
+from trainer.inference.alignment import aligned
+from trainer.inference.images import open_picture, resized, to_network
+from trainer.inference.network import Network, write_pt
 
 SIZE = 32
 SHIPPED = sorted((ROOT / "configs" / "eval").glob("*.toml"))

@@ -1,0 +1,219 @@
+"""The records of a RecordIO file, found in the file itself: one sequential pass, in arrays.
+
+The format promises that the frame magic stands at a multiple of four bytes only where a frame begins, as
+writers cut payloads there. So the frames are the places of the magic, and each must end where the next one
+begins. Where that fails, something is damaged (or was written by somebody who did not cut), and because every
+magic is known, the damage stays with its record: the scan goes on at the next frame.
+
+    magics -> frames -> frames that follow each other -> records (one frame, or a start, middles and an end)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.formats import recordio
+from data_pipeline.formats.container import DatasetError, Progress
+from data_pipeline.formats.recordio import (
+    END,
+    FRAME_HEADER,
+    IMAGE_HEADER,
+    MAGIC,
+    MAX_LENGTH,
+    MIDDLE,
+    START,
+    WHOLE,
+)
+
+_CHUNK_BYTES = 1 << 24
+_LOOK_BYTES = 1 << 20
+_HEAD_BYTES = FRAME_HEADER.size + IMAGE_HEADER.size + 4
+# A damaged place without a frame header has a record of this length: reading it shows what is wrong.
+GAP_BYTES = FRAME_HEADER.size
+
+
+class Scan(NamedTuple):
+    """The R records of a file in order, each reaching to the next.
+
+    `offset_R` and `key_R` (the header's) are int64; `label_R` is float32, unchecked; `has_image_R` is false
+    for InsightFace's index records; `damaged_R` marks what cannot be read, `gap_R` those of them that do not
+    even begin with a frame. `end` is where the last record ends by its own account, the file's size if whole.
+    """
+
+    offset_R: np.ndarray
+    key_R: np.ndarray
+    label_R: np.ndarray
+    has_image_R: np.ndarray
+    damaged_R: np.ndarray
+    gap_R: np.ndarray
+    end: int
+
+    def chosen(self, which: np.ndarray) -> Scan:
+        """Some of the records."""
+        *columns, end = self
+        return Scan(*(column[which] for column in columns), end)  # type: ignore[call-arg]
+
+
+class _Frames(NamedTuple):
+    """Offset int64, part kind uint8, payload length int64; then what an image header there would say."""
+
+    offset: np.ndarray
+    kind: np.ndarray
+    length: np.ndarray
+    flag: np.ndarray
+    label: np.ndarray
+    key: np.ndarray
+
+    def end(self) -> np.ndarray:
+        return self.offset + FRAME_HEADER.size + (self.length + 3 & ~3)
+
+    def labels_end(self) -> np.ndarray:
+        """Where in the payload the image begins."""
+        return IMAGE_HEADER.size + 4 * self.flag.astype(np.int64)
+
+
+def require_recordio(path: Path) -> None:
+    """Raise DatasetError if there is no frame in the first megabyte of a file."""
+    with open(path, "rb") as file:
+        head = file.read(_LOOK_BYTES)
+    if recordio.MAGIC_BYTES not in head:
+        raise DatasetError(
+            f"{path} is not RecordIO: it begins with 0x{int.from_bytes(head[:4], 'little'):08x}, "
+            f"expected 0x{MAGIC:08x}"
+        )
+
+
+def scan(path: Path, progress: Progress) -> Scan:
+    """Find all records of a file. Raises DatasetError if there are none."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        frames = _join_columns(_frames_in_chunks(file.fileno(), size, progress))
+    if not len(frames.offset):
+        raise DatasetError(f"{path} is not RecordIO: no frame begins at a multiple of 4 bytes")
+    follows = frames.end() == np.append(frames.offset[1:], size)
+    if frames.offset[0] == 0 and follows.all():
+        damaged = is_gap = np.zeros(len(follows), bool)
+    else:
+        frames, damaged, is_gap = _mend(frames, follows, size)
+    return _records(path, frames, damaged, is_gap)
+
+
+def _join_columns(chunks: Iterator[_Frames]) -> _Frames:
+    """All chunks in one; a column at a time, so that little is held twice."""
+    columns = [list(column) for column in zip(*chunks, strict=True)]
+    joined = []
+    while columns:
+        joined.append(np.concatenate(columns.pop(0)))
+    return _Frames(*joined)
+
+
+def _frames_in_chunks(descriptor: int, size: int, progress: Progress) -> Iterator[_Frames]:
+    """The frames of the file, chunk by chunk; each chunk is read with the head that may begin in its end."""
+    buffer = np.zeros((_CHUNK_BYTES + _HEAD_BYTES) // 4, np.uint32)
+    for start in range(0, size, _CHUNK_BYTES):
+        _fill(buffer.view(np.uint8), descriptor, start)
+        yield _frames_of(buffer, start)
+        progress(min(start + _CHUNK_BYTES, size), size)
+
+
+def _fill(buffer: np.ndarray, descriptor: int, start: int) -> None:
+    """Read from `start` on until the buffer is full; zeros, in which there are no frames, after the end."""
+    at = 0
+    while at < len(buffer) and (got := os.preadv(descriptor, [buffer[at:].data], start + at)):
+        at += got
+    buffer[at:] = 0
+
+
+def _frames_of(buffer: np.ndarray, start: int) -> _Frames:
+    at = np.flatnonzero(buffer[: _CHUNK_BYTES // 4] == MAGIC)
+    word, flag, label, first_label = (buffer[at + i] for i in (1, 2, 3, 8))
+    return _Frames(
+        offset=start + 4 * at,
+        kind=(word >> 29).astype(np.uint8),
+        length=(word & MAX_LENGTH).astype(np.int32),
+        flag=flag,
+        label=np.where(flag > 0, first_label, label).view(np.float32),
+        key=(buffer[at + 4].astype(np.uint64) | buffer[at + 5].astype(np.uint64) << 32).view(np.int64),
+    )
+
+
+def _mend(frames: _Frames, follows: np.ndarray, size: int) -> tuple[_Frames, np.ndarray, np.ndarray]:
+    """Decide at every frame that does not end where the next begins which of the two is wrong."""
+    keep, damaged = np.ones(len(follows), bool), np.zeros(len(follows), bool)
+    end, begins = frames.end(), np.append(frames.offset, size)
+    gaps = [0] if begins[0] > 0 else []
+    for i in np.flatnonzero(~follows).tolist():
+        j = int(np.searchsorted(begins, end[i]))
+        is_at_frame = j < len(begins) and begins[j] == end[i]
+        if not keep[i]:
+            continue
+        if is_at_frame and not follows[i + 1 : j].any():
+            keep[i + 1 : j] = False  # magics that its writer left in the payload
+        elif end[i] < begins[i + 1]:
+            gaps.append(int(end[i]))  # the magic of the next frame is gone
+        elif end[i] <= size or i + 1 < len(follows):
+            damaged[i] = True  # its length leads astray
+    joined = _Frames(*(_with_zeros(column[keep], len(gaps)) for column in frames))
+    joined.offset[int(keep.sum()) :] = gaps
+    is_gap = np.arange(len(joined.offset)) >= keep.sum()
+    order = np.argsort(joined.offset, kind="stable")
+    damaged = _with_zeros(damaged[keep], len(gaps)) | is_gap
+    return _Frames(*(column[order] for column in joined)), damaged[order], is_gap[order]
+
+
+def _with_zeros(column: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([column, np.zeros(count, column.dtype)])
+
+
+def _records(path: Path, frames: _Frames, damaged: np.ndarray, is_gap: np.ndarray) -> Scan:
+    labels_end = frames.labels_end()
+    has_image = frames.length > labels_end
+    is_whole = frames.kind == WHOLE
+    damaged = damaged | is_whole & (frames.length < labels_end)
+    end = int(frames.offset[-1] if is_gap[-1] else frames.end()[-1])
+    found = Scan(frames.offset, frames.key, frames.label, has_image | damaged, damaged, is_gap, end)
+    if not is_whole.all():
+        starts, damaged = _group(frames, damaged)
+        first = np.flatnonzero(starts)
+        has_image[first[frames.kind[first] == START]] = True
+        # Cut before its image begins: only the joined record tells.
+        for frame in first[~damaged[first] & (frames.kind[first] == START)].tolist():
+            if frames.length[frame] < labels_end[frame]:
+                _read_slowly(path, frames, frame, has_image, damaged)
+        found = found._replace(has_image_R=has_image | damaged, damaged_R=damaged).chosen(starts)
+    return found
+
+
+def _group(frames: _Frames, damaged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which frames begin records; and `damaged` with every record that lacks a part or has one too many."""
+    before = np.concatenate([[WHOLE], frames.kind[:-1]])
+    continues = (frames.kind == MIDDLE) | (frames.kind == END)
+    is_open = (before == START) | (before == MIDDLE)
+    starts = ~continues | ~is_open
+    record = np.cumsum(starts) - 1
+    is_wrong = damaged | (continues & ~is_open) | (frames.kind > END)
+    unfinished = np.append(is_open[1:] & ~continues[1:], frames.kind[-1] in (START, MIDDLE))
+    per_record = np.zeros(record[-1] + 1, bool)
+    per_record[record[is_wrong | unfinished]] = True
+    return starts, per_record[record]
+
+
+def _read_slowly(path: Path, frames: _Frames, frame: int, has_image: np.ndarray, damaged: np.ndarray) -> None:
+    """Correct what `frames` and the flags say of a record whose header is cut in parts."""
+    start = int(frames.offset[frame])
+    last = frame + int(np.argmax(frames.kind[frame:] == END))
+    with open(path, "rb") as file:
+        file.seek(start)
+        span = file.read(int(frames.end()[last]) - start)
+    try:
+        record = recordio.unpack(recordio.join_frames(span, str(path), start), str(path))
+    except recordio.RecordError:
+        damaged[frame] = True
+        return
+    frames.label[frame] = record.labels[0] if record.labels else 0.0
+    frames.key[frame], has_image[frame] = record.key, not record.is_meta

@@ -1,0 +1,142 @@
+"""Writing an InsightFace dataset: images, then the records that say where each identity begins and ends.
+
+    keys 1..N             the images, identity after identity
+    key 0                 labels [N+1, N+1+C], no image: the keys of the identity records
+    keys N+1..N+C         labels [first, last+1], no image: the keys of one identity's images
+
+`train.rec` holds the records in this order, `train.idx` their offsets, `property` the line "C,height,width".
+Labels are float32, and so are the keys above, which bounds N+1+C.
+
+Where the labels come in any order, or there are more of them, the layout is that of im2rec, in which the
+large sets are published: keys 0..N-1, the images, and no other records. Labels that float32 cannot hold stand
+as NaN there, which no reader takes for a class, and all labels as whole numbers in a sidecar.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from array import array
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from data_pipeline.common.atomic_write import write_through
+from data_pipeline.formats.int64_labels import write_labels
+from data_pipeline.formats.recordio import FLOAT32_EXACT, RecordWriter, pack
+
+
+class InsightFaceWriter:
+    """Writes one dataset into `folder`; its files appear under their names only when all is written.
+
+    Used as a context manager: leaving it by an exception removes what was written, and what the folder
+    held before is still there. The images are `size` x `size` pixels.
+    """
+
+    def __init__(self, folder: Path, *, size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._size = size
+        self._first_keys: list[int] = []
+        self._next_key = 1
+        self._records = RecordWriter(folder / "train.rec")
+
+    def add(self, image: bytes, labels: float | tuple[float, ...]) -> None:
+        """Append an encoded image under the next key; its class is the label, or the first of them.
+
+        Raises ValueError for an empty image, for classes that do not come one after the other from 0, and
+        for more images and classes than the format's float32 can count.
+        """
+        identity = labels[0] if isinstance(labels, tuple) else labels
+        latest = len(self._first_keys) - 1
+        expected = {max(latest, 0), latest + 1}
+        if identity not in expected:
+            raise ValueError(
+                f"image {self._next_key} has class {identity:g}, expected one of {sorted(expected)}: "
+                "sort the images by class, and count the classes from 0"
+            )
+        if not image:
+            raise ValueError(f"image {self._next_key}, of class {identity:g}, is empty")
+        if self._next_key + 1 + int(identity) + 1 > FLOAT32_EXACT:
+            raise ValueError(
+                f"image {self._next_key} of class {identity:g}: the index records of an InsightFace dataset "
+                f"are float32 and exact up to {FLOAT32_EXACT}, images and identities together; write several"
+            )
+        if identity > latest:
+            self._first_keys.append(self._next_key)
+        self._records.write(self._next_key, pack(labels, self._next_key, image))
+        self._next_key += 1
+
+    def __enter__(self) -> InsightFaceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._records.__exit__(kind, error, trace)
+            return
+        path = self._folder / "property"
+        partial = path.with_name(f"{path.name}.part")
+        try:
+            with self._records:
+                self._write_index_records()
+                write_through(partial, f"{len(self._first_keys)},{self._size},{self._size}\n")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write_index_records(self) -> None:
+        """Key 0 and the identities."""
+        if not self._first_keys:
+            raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
+        end, ends = self._next_key, [*self._first_keys[1:], self._next_key]
+        self._records.write(0, pack((end, end + len(ends)), 0, b""))
+        for key, span in enumerate(zip(self._first_keys, ends, strict=True), end):
+            self._records.write(key, pack(span, key, b""))
+
+
+class FlatWriter:
+    """Writes a dataset in im2rec's layout into `folder`, whose files appear together when all is written.
+
+    Used as a context manager: leaving it by an exception removes what was written. `image_size` is what
+    `property` says of the images, (height, width) in pixels.
+    """
+
+    def __init__(self, folder: Path, *, image_size: tuple[int, int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._image_size = image_size
+        self._labels = array("q")
+        self._records = RecordWriter(folder / "train.rec")
+
+    def add(self, image: bytes, label: int) -> None:
+        """Append an encoded image. Raises ValueError if it is empty, or its label not in [0, 2^63)."""
+        if not image or not 0 <= label < 1 << 63:
+            raise ValueError(
+                f"image {len(self._labels)}: expected an image and a label from 0 to 2^63 - 1, "
+                f"found {len(image)} bytes and label {label}"
+            )
+        key = len(self._labels)
+        self._records.write(key, pack(float(label) if label <= FLOAT32_EXACT else math.nan, key, image))
+        self._labels.append(label)
+
+    def __enter__(self) -> FlatWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._records.__exit__(kind, error, trace)
+            return
+        # The records get their names last: an index is there only with all that belongs to it.
+        with self._records:
+            if not self._labels:
+                raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
+            label_N = np.frombuffer(self._labels, np.int64)
+            if label_N.max() > FLOAT32_EXACT:
+                write_labels(self._folder / "train.rec", np.arange(len(label_N)), label_N)
+            height, width = self._image_size
+            write_through(self._folder / "property", f"{label_N.max() + 1},{height},{width}\n")

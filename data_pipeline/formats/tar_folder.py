@@ -1,0 +1,86 @@
+"""A folder of WebDataset shards as a dataset: all of its `.tar` files, in the order of their names.
+
+A record's key is the number of its sample in its shard.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.formats.container import (
+    COLUMNS,
+    FILE,
+    KEY,
+    LENGTH,
+    DatasetError,
+    FileTable,
+    Progress,
+    Records,
+    table_of,
+)
+from data_pipeline.formats.recordio import RecordError
+from data_pipeline.formats.tar_index import index_shard
+
+_LARGEST = np.iinfo(LENGTH).max
+
+
+def list_files(folder: Path) -> FileTable | None:
+    """The shards; None if the folder has none.
+
+    Raises DatasetError if a shard is compressed, or the folder is still being written.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    shards = [name for name in names if ".tar" in Path(name).suffixes or name.endswith(".tgz")]
+    if not shards:
+        return None
+    unfinished = [name for name in names if name.endswith(".part")]
+    if unfinished:
+        raise DatasetError(
+            f"{folder / unfinished[0]}: {folder} is not complete; finish its conversion, or remove this file "
+            "if none is running"
+        )
+    # Left out silently, their samples would be missing.
+    packed = [name for name in shards if not name.endswith(".tar")]
+    if packed:
+        raise DatasetError(
+            f"{folder / packed[0]}: expected uncompressed shards (*.tar), of which images are read as byte "
+            f"ranges; unpack the {len(packed)} compressed ones"
+        )
+    return table_of(folder, shards)
+
+
+def read_records(files: FileTable, progress: Progress) -> Records:
+    """The samples of all shards. Raises ShardError, naming shard and offset."""
+    parts, done, total = [], 0, int(files.size_F.sum())
+    for number in range(len(files)):
+        index = index_shard(files.path(number))
+        count = len(index.label_N)
+        parts.append(
+            Records(
+                np.full(count, number, FILE),
+                index.offset_N,
+                np.minimum(index.length_N, _LARGEST).astype(LENGTH),
+                index.label_N,
+                np.arange(count, dtype=KEY),
+                np.flatnonzero(index.length_N > _LARGEST),
+            )
+        )
+        done += int(files.size_F[number])
+        progress(done, total)
+    if not sum(len(part.label_N) for part in parts):
+        raise DatasetError(f"{files.folder}: none of its {len(files)} shards holds a sample")
+    starts = np.cumsum([0, *(len(part.label_N) for part in parts)])
+    shifted = [
+        part._replace(damaged_D=part.damaged_D + start) for part, start in zip(parts, starts, strict=False)
+    ]
+    columns = zip(COLUMNS.values(), zip(*shifted, strict=True), strict=True)
+    return Records(*(np.concatenate(pieces).astype(dtype, copy=False) for dtype, pieces in columns))
+
+
+def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
+    """The image's bytes, uint8. Raises RecordError if it is longer than any image."""
+    if len(span) >= _LARGEST:
+        raise RecordError(f"{where}: expected an image, found a file of {_LARGEST} bytes or more")
+    return np.frombuffer(span, np.uint8)

@@ -1,0 +1,407 @@
+"""WebDataset shards: uncompressed tar files whose images are read as byte ranges; reading and writing.
+
+A sample is a run of neighbouring members that share the name up to the first dot of the base name, its key:
+
+    000042.jpg    the image: jpg, jpeg, png or webp
+    000042.cls    the label, a whole number in ASCII; or 000042.json, its "label", else its "cls"
+
+Reading walks over the headers in the file's memory map and touches nothing of the images. Three dialects
+of tar say the same in different ways: ustar splits a long name in two, GNU puts it into a member of type
+"L" before the one it names, pax into a member of type "x", where the size may stand as well.
+
+Source: POSIX.1-2008, pax interchange format; GNU tar's manual; webdataset's tariterators.py, read as
+descriptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import re
+import struct
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple
+from zlib import adler32 as _adler
+
+import numpy as np
+
+from data_pipeline.formats.container import DatasetError
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_KINDS = {
+    b"jpg": "image",
+    b"jpeg": "image",
+    b"png": "image",
+    b"webp": "image",
+    b"cls": "cls",
+    b"json": "json",
+}
+
+# name, size, checksum, type, dialect, and whether the name goes on before byte 500
+_HEADER = struct.Struct("100s24x12s12x8sc100x6s82x?166x")
+_SLASH = ord("/")
+_BLANK = 8 * ord(" ")
+_POSIX = b"ustar\0"
+_FILES, _WITHOUT_DATA, _SPARSE = {b"0", b"\0", b"7"}, {b"1", b"2", b"3", b"4", b"5", b"6"}, b"S"
+_LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL = b"L", b"K", b"x", b"g"
+_SAYS_MORE = {_LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL}
+_SPARSE_KEYS = {b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size", b"GNU.sparse.numblocks"}
+_PAX_KEYS = {b"path", b"size", *_SPARSE_KEYS}
+_META = re.compile(rb"__[^/]*__($|/)")
+_PAX_RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
+# Names and labels are short; what a damaged file says of their length is not to be believed.
+_LONGEST_HEADER = 1 << 20
+_LONGEST_LABEL = {"cls": 64, "json": 1 << 20}
+_LARGEST_LABEL = (1 << 63) - 1
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_SIGNATURES = {"png": re.compile(rb"\x89PNG\r\n\x1a\n"), "webp": re.compile(rb"RIFF....WEBP", re.DOTALL)}
+
+
+class ShardError(DatasetError):
+    """A tar shard that cannot be read as samples; names the file, the offset and what to do."""
+
+
+class ShardIndex(NamedTuple):
+    """Where the bytes of a shard's N images lie, and their labels; all int64."""
+
+    offset_N: np.ndarray
+    length_N: np.ndarray
+    label_N: np.ndarray
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """The byte ranges and labels of all samples of a shard, in the order of the file.
+
+    Members that are neither image nor label are ignored, and so are samples that have neither.
+
+    Raises ShardError if the file is missing, compressed, truncated or no tar, or if a sample has no image,
+    no label, several of either, or a label that is no whole number.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ShardError(f"{path}: expected a tar, found an empty file; copy it anew")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _index(data, str(path))
+    except FileNotFoundError:
+        raise ShardError(f"{path}: expected a tar shard, found no such file; correct its path") from None
+
+
+def _index(data: mmap.mmap, where: str) -> ShardIndex:
+    # Offset, length, label; offset...: one flat list, of which numpy makes an array ten times faster.
+    row: list[int] = []
+    key, parts = b"", dict[str, tuple[int, int]]()
+    for name, start, length in _members(data, where):
+        dot = name.find(b".", name.rfind(b"/") + 1)
+        if dot <= 0 or name[dot - 1] == _SLASH:
+            continue
+        if name[:dot] != key:
+            _close_sample(data, where, key, parts, row)
+            key, parts = name[:dot], {}
+        kind = _KINDS.get(name[dot + 1 :].lower())
+        if kind is None:
+            continue
+        if kind in parts:
+            raise ShardError(
+                f"{where}: sample {_text(key)} has a second {kind} at byte {start}, after the one at byte "
+                f"{parts[kind][0]}; give every sample a key of its own and one image and label"
+            )
+        parts[kind] = start, length
+    _close_sample(data, where, key, parts, row)
+    table_N3 = np.array(row, np.int64).reshape(-1, 3)
+    return ShardIndex(*np.ascontiguousarray(table_N3.T))
+
+
+def _close_sample(
+    data: mmap.mmap, where: str, key: bytes, parts: dict[str, tuple[int, int]], row: list[int]
+) -> None:
+    """Append a sample to `row`, unless it has neither image nor .cls."""
+    kind = "cls" if "cls" in parts else "json"
+    if "image" in parts and parts["image"][1] and kind in parts:
+        start, length = parts[kind]
+        text = data[start : start + min(length, _LONGEST_LABEL[kind] + 1)]
+        label = label_of_cls(text) if kind == "cls" else label_of_json(text)
+        if label is None or len(text) > _LONGEST_LABEL[kind] or not 0 <= label <= _LARGEST_LABEL:
+            wanted = "a whole number from 0" + (" under 'label' or 'cls'" if kind == "json" else "")
+            raise ShardError(
+                f"{where}: sample {_text(key)} has the label {_text(text)} at byte {start}, "
+                f"expected {wanted}; write it anew"
+            )
+        row += (*parts["image"], label)
+    elif "image" in parts or kind == "cls":
+        at = min(parts.values())[0]
+        has_image = "image" in parts and parts["image"][1]
+        lacks = "label (.cls or .json)" if has_image else "image (.jpg, .jpeg, .png or .webp)"
+        raise ShardError(
+            f"{where}: sample {_text(key)} at byte {at} has no {lacks}; add it, or leave the sample out, and "
+            "keep the members of a sample together (`tar --sort=name`)"
+        )
+
+
+def label_of_cls(text: bytes) -> int | None:
+    """The whole number in a sample's .cls, None if it is none."""
+    digits = text.strip()
+    return int(digits) if digits.isdigit() else None
+
+
+def label_of_json(text: bytes) -> int | None:
+    """The whole number in a sample's .json, as "label", else "cls"; None if there is none."""
+    try:
+        content = json.loads(text)
+    # Deep nesting ends in RecursionError, bytes that are no text in UnicodeDecodeError, a ValueError.
+    except (ValueError, RecursionError):
+        return None
+    label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
+
+
+def _text(raw: bytes) -> str:
+    """What a message shows of bytes from the file."""
+    return repr(raw[:80].decode("utf-8", "backslashreplace"))
+
+
+def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
+    """Name, first byte and length of every regular file in the tar."""
+    at, size_bytes = 0, len(data)
+    said_of_all: dict[bytes, bytes] = {}
+    said: dict[bytes, bytes] = {}
+    while (head := data[at : at + BLOCK]) != _ZEROS:
+        if len(head) < BLOCK:
+            raise ShardError(_not_a_header(head, where, at, size_bytes))
+        name, size, checksum, kind, magic, is_long = _HEADER.unpack(head)
+        if not _fits(head, checksum):
+            raise ShardError(_not_a_header(head, where, at, size_bytes))
+        start = at + BLOCK
+        length = 0 if kind in _WITHOUT_DATA else _length(size, said, where, at)
+        if start + length > size_bytes:
+            raise ShardError(
+                f"{where}: truncated: the member at byte {at} needs {length} bytes, "
+                f"{size_bytes - start} are left; copy it anew"
+            )
+        at = start + (length + BLOCK - 1 & -BLOCK)
+        if kind == _SPARSE or (said and said.keys() & _SPARSE_KEYS):
+            raise ShardError(
+                f"{where}: a sparse member at byte {start}, whose bytes lie scattered; "
+                "write it without --sparse"
+            )
+        if kind in _SAYS_MORE:
+            more = _said(data, kind, start, length, where)
+            said_of_all = {**said_of_all, **more} if kind == _PAX_FOR_ALL else said_of_all
+            said = {**said, **more}
+            continue
+        if kind in _FILES:
+            name = name.partition(b"\0")[0]
+            if is_long and magic == _POSIX:
+                name = head[345:500].partition(b"\0")[0] + b"/" + name
+            if said:
+                name = said.get(b"path", name)
+            # webdataset leaves out what is named like this.
+            if not (name.startswith(b"__") and _META.match(name)):
+                yield name, start, length
+        said = said_of_all
+
+
+def _said(data: mmap.mmap, kind: bytes, start: int, length: int, where: str) -> dict[bytes, bytes]:
+    """What a member says of the next one, or of all that follow, in pax's words."""
+    if length > _LONGEST_HEADER:
+        raise ShardError(
+            f"{where}: a name or pax header of {length} bytes at byte {start}, expected at most "
+            f"{_LONGEST_HEADER}; the file is damaged, copy it anew"
+        )
+    text = data[start : start + length]
+    if kind == _LONG_LINK:
+        return {}
+    return {b"path": text.partition(b"\0")[0]} if kind == _LONG_NAME else _pax_records(text, where, start)
+
+
+def _fits(head: bytes, checksum: bytes) -> bool:
+    """Whether the checksum is the sum of the header's bytes, its own counted as spaces.
+
+    Adler-32's lower half is one more than the sum of the bytes modulo 65521, many times faster than sum().
+    """
+    try:
+        said = int(checksum.strip(b" \0"), 8) - _BLANK
+    except ValueError:
+        return False
+    if ((_adler(head) & 0xFFFF) - (_adler(checksum) & 0xFFFF) - said) % 65521 == 0:
+        return True
+    # Some old writers added up signed bytes.
+    rest = head[:148] + head[156:]
+    return int(np.frombuffer(rest, np.int8).sum(dtype=np.int64)) == said
+
+
+def _not_a_header(head: bytes, where: str, at: int, size_bytes: int) -> str:
+    for signature, name in _COMPRESSED.items():
+        if at == 0 and head.startswith(signature):
+            return (
+                f"{where}: compressed with {name}; images are read as byte ranges, which needs an "
+                "uncompressed tar: decompress it (images hardly shrink anyway)"
+            )
+    if len(head) < BLOCK:
+        return (
+            f"{where}: truncated at byte {at}: expected a header or the zeros that end a tar, "
+            f"{size_bytes - at} bytes are left; copy it anew"
+        )
+    return f"{where}: no tar header at byte {at}: its checksum does not fit; copy it anew"
+
+
+def _length(field: bytes, said: dict[bytes, bytes], where: str, at: int) -> int:
+    """Bytes of a member: as pax says, else octal digits, else binary after a first bit, which is GNU's."""
+    text = said.get(b"size")
+    try:
+        if text is not None:
+            return int(text) if text.isdigit() and len(text) <= 20 else int("")
+        if field[0] == 0x80:
+            return int.from_bytes(field[1:], "big")
+        digits = field.strip(b" \0") or b"0"
+        return int(digits, 8) if digits.isdigit() else int("")
+    except ValueError:
+        raise ShardError(
+            f"{where}: the member at byte {at} has the size {_text(text or field)}, expected a whole number; "
+            "copy it anew"
+        ) from None
+
+
+def _pax_records(text: bytes, where: str, at: int) -> dict[bytes, bytes]:
+    """Those records `LENGTH KEY=VALUE` of a pax header that matter; LENGTH counts the whole record."""
+    records, position = {}, 0
+    while position < len(text) and text[position]:
+        found = _PAX_RECORD.match(text, position)
+        end = position + int(found[1]) if found else 0
+        if found is None or end > len(text) or end <= found.end() or text[end - 1 : end] != b"\n":
+            raise ShardError(
+                f"{where}: a pax record at byte {at + position} begins with "
+                f"{_text(text[position : position + 20])}, expected 'length key=value'; copy it anew"
+            )
+        if found[2] in _PAX_KEYS:
+            records[found[2]] = text[found.end() : end - 1]
+        position = end
+    return records
+
+
+def sample(number: int, image: bytes, label: int) -> bytes:
+    """The members of sample `number`: an encoded image and its label. A shard is some of these, then END.
+
+    Nothing of time or user is in them.
+
+    Raises ValueError for an empty image or a label that is not in [0, 2^63).
+    """
+    if not image or not 0 <= label <= _LARGEST_LABEL:
+        raise ValueError(
+            f"sample {number}: expected an image and a label from 0 to {_LARGEST_LABEL}, "
+            f"found {len(image)} bytes and label {label}"
+        )
+    name = f"{number:09d}"
+    return _member(f"{name}.{_suffix(image)}", image) + _member(f"{name}.cls", b"%d" % label)
+
+
+class ShardWriter:
+    """Writes samples into `folder` as `train-000000.tar`, `train-000001.tar`, ...
+
+    A shard ends before it would have more than `samples` samples or, with a second one, `size_bytes` bytes.
+    It is written under a temporary name and gets its own when it is complete and on disk, so that shards that
+    are there are whole, whatever happens. Nothing of time or user is stored: the same samples give the same
+    bytes. Sample number `first_sample` is the first to be added, to shard number `first_shard`.
+
+    Used as a context manager: leaving it by an exception removes the unfinished shard and keeps the others.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        samples: int = 10_000,
+        size_bytes: int = 1 << 30,
+        first_shard: int = 0,
+        first_sample: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._samples, self._size_bytes = samples, size_bytes
+        self._shard, self._sample = first_shard, first_sample
+        self._held = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, image: bytes, label: int) -> None:
+        """Append an encoded image and its label.
+
+        Raises ValueError for an empty image or a label that is not in [0, 2^63).
+        """
+        members = sample(self._sample, image, label)
+        if self._file is not None and (
+            self._held == self._samples or self._file.tell() + len(members) + len(END) > self._size_bytes
+        ):
+            self._finish()
+        if self._file is None:
+            self._file, self._held = open(self._partial, "wb"), 0
+        self._file.write(members)
+        self._held += 1
+        self._sample += 1
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f"{shard_name(self._shard)}.part"
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        self._file.write(END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self._folder / shard_name(self._shard))
+        self._file = None
+        self._shard += 1
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            # What a full disk kept from being written would be tried again, and fail again, on closing.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+
+def shard_name(number: int) -> str:
+    """The file name of shard `number`."""
+    return f"train-{number:06d}.tar"
+
+
+# Two blocks of zeros end a tar.
+END = 2 * _ZEROS
+
+
+def _member(name: str, content: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
+
+
+def _suffix(image: bytes) -> str:
+    """jpg, unless the image begins as a PNG or WebP does."""
+    return next((name for name, signature in _SIGNATURES.items() if signature.match(image)), "jpg")

@@ -1,0 +1,280 @@
+"""A dataset as arrays: where the bytes of every image lie, and whose image it is.
+
+    catalog = open_catalog(folder)                 or several folders, whose classes are then numbered through
+    catalog.label_N[i], catalog.image(i)
+
+    files     what the folder is (`CONTAINERS`), and the names, sizes and times of its files
+    arrays    from the cache if these are the same as when it was written; else one pass over the files,
+              by one process of a node while the others wait, into the cache
+    checks    of what `property` and the configuration say, which may change without the files
+
+The arrays are memory-mapped: opening costs milliseconds, and the processes of a node share one copy. What
+would make training wrong in general fails here, before a step; a single damaged record stays in, and says
+what is wrong with it when it is asked for its image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.common.progress_bar import progress_bar
+from data_pipeline.formats import image_folder, recordio_folder, tar_folder
+from data_pipeline.formats.container import COLUMNS, FILE, Container, DatasetError, FileTable, Records
+from data_pipeline.formats.recordio import RecordError
+from data_pipeline.indexed import catalog_cache
+from data_pipeline.indexed.byte_ranges import ByteRanges
+from data_pipeline.quarantine import BadRecord
+
+__all__ = ["Catalog", "DatasetError", "RecordError", "open_catalog", "read_property"]
+
+# In the order in which a folder is asked; images come last, as any sub-folder could hold some.
+CONTAINERS: dict[str, Container] = {"recordio": recordio_folder, "tar": tar_folder, "images": image_folder}
+
+_FORMAT = 1
+_HIDDEN = ".lgaf_catalog"
+# Up to so many damaged records, or this share, a dataset is used without them.
+_MOST_DAMAGED, _DAMAGED_SHARE = 10, 0.01
+_NAMED = 10
+
+
+class Dataset(NamedTuple):
+    """One folder: its container's name in CONTAINERS, and its files."""
+
+    container: str
+    files: FileTable
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.files.folder
+
+
+class Catalog:
+    """The N images of a dataset, or of several.
+
+    `file_N` and `length_N` (bytes) are int32, `offset_N`, `label_N` and `key_N` int64, labels are in
+    [0, num_classes); `damaged_D` are the numbers of the records that cannot be read, ascending int64.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], records: Records, num_classes: int, labels_crc32: int
+    ) -> None:
+        self.datasets, self.num_classes = tuple(datasets), num_classes
+        self.label_N, self.key_N, self.damaged_D = records.label_N, records.key_N, records.damaged_D
+        self.file_N, self.offset_N, self.length_N = records.file_N, records.offset_N, records.length_N
+        self._labels_crc32 = labels_crc32
+        self._bytes = ByteRanges([dataset.files for dataset in datasets])
+        self._first_file = [0, *accumulate(len(dataset.files) for dataset in datasets)]
+        self._containers = [CONTAINERS[dataset.container] for dataset in datasets]
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What tells one dataset from another, wherever it lies."""
+        return {"images": len(self), "classes": self.num_classes, "labels_crc32": self._labels_crc32}
+
+    def image(self, record: int) -> np.ndarray:
+        """The encoded image of one record, uint8.
+
+        Raises RecordError, naming file, key, offset and reason, if the record is damaged; DatasetError if its
+        file has changed, or is gone.
+        """
+        file, offset = int(self.file_N[record]), int(self.offset_N[record])
+        span = self._bytes.read(file, offset, int(self.length_N[record]))
+        container = self._containers[0 if len(self._containers) == 1 else self._dataset_of(file)]
+        try:
+            return container.image_of(span, "", offset)
+        except RecordError as error:
+            raise RecordError(f"{self.name_of(record)}{error}") from error
+
+    def damage(self, count: int) -> list[str]:
+        """What is wrong with the first `count` damaged records."""
+        reasons = []
+        for record in self.damaged_D[:count].tolist():
+            try:
+                self.image(record)
+            except RecordError as error:
+                reasons.append(str(error))
+        return reasons
+
+    def name_of(self, record: int) -> str:
+        """How messages call a record: file, key and offset."""
+        where = self._bytes.name(int(self.file_N[record]))
+        return f"{where}: key {self.key_N[record]} at byte {self.offset_N[record]}"
+
+    def bad(self, record: int, reason: str) -> BadRecord:
+        """The record's place, for the quarantine's list; `reason` may begin with its name."""
+        return BadRecord(
+            self._bytes.name(int(self.file_N[record])),
+            int(self.key_N[record]),
+            int(self.offset_N[record]),
+            reason.removeprefix(self.name_of(record)).lstrip(": "),
+        )
+
+    def _dataset_of(self, file: int) -> int:
+        return int(np.searchsorted(self._first_file, file, side="right")) - 1
+
+
+def open_catalog(
+    path: Path | Sequence[Path], num_classes: int | None = None, catalog_dir: Path | None = None
+) -> Catalog:
+    """The catalog of the dataset in a folder; of several, the classes of each follow those of the one before.
+
+    `num_classes` overrides what `property` says. `catalog_dir` is where catalogs are kept, by default in a
+    hidden folder of the (first) dataset, or in the user's cache if that cannot be written.
+
+    Raises DatasetError or RecordError if files are missing, do not match each other, are truncated, are of
+    another format, hold labels outside the classes, or if more than a few records are damaged.
+    """
+    folders = [path] if isinstance(path, Path) else list(path)
+    datasets = [_dataset_in(folder) for folder in folders]
+    arrays, facts = catalog_cache.open_or_build(
+        _places(folders[0], catalog_dir),
+        _cache_name(folders),
+        _signature(datasets),
+        lambda: _build(datasets),
+    )
+    catalog = Catalog(datasets, Records(**arrays), facts["classes"], facts["labels_crc32"])
+    _check_classes(catalog, facts["largest"], num_classes)
+    catalog.num_classes = num_classes or catalog.num_classes
+    return catalog
+
+
+def read_property(folder: Path) -> tuple[int, int, int] | None:
+    """(classes, height, width) as the folder's `property` file says, None where there is none.
+
+    Raises DatasetError if its first line is not three whole numbers.
+    """
+    path = folder / "property"
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    fields = [field.strip() for field in lines[0].split(",")]
+    if len(fields) != 3 or not all(field.isdecimal() and len(field) < 10 for field in fields):
+        raise DatasetError(f"{path}: first line is {lines[0][:60]!r}, expected 'classes,height,width'")
+    return int(fields[0]), int(fields[1]), int(fields[2])
+
+
+def _dataset_in(folder: Path) -> Dataset:
+    for name, container in CONTAINERS.items():
+        files = container.list_files(folder)
+        if files is not None:
+            return Dataset(name, files)
+    raise DatasetError(
+        f"no dataset at {folder}: expected {folder}/train.rec, other .rec files, .tar shards, or a "
+        f"sub-folder of images for each identity, found {_contents(folder)}; set data.path to an InsightFace "
+        "folder, one of shards or of images, or write one with `lgaf data synth` or `lgaf data pack`"
+    )
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing in it"
+
+
+def _places(folder: Path, catalog_dir: Path | None) -> list[Path]:
+    """Where catalogs of a folder may be kept, the best place first; shared places have a folder for each."""
+    where = folder.resolve()
+    own = f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    if catalog_dir is not None:
+        return [catalog_dir / own]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [folder / _HIDDEN, user_cache / "lgaf" / own]
+
+
+def _cache_name(folders: Sequence[Path]) -> str:
+    """The same for the same folders wherever they are mounted together."""
+    others = [os.path.relpath(folder, folders[0]) for folder in folders[1:]]
+    return f"union-{hashlib.sha256(os.fsencode(str(others))).hexdigest()[:8]}" if others else "catalog"
+
+
+def _signature(datasets: Sequence[Dataset]) -> str:
+    digest = hashlib.sha256(f"format {_FORMAT}".encode())
+    for container, files in datasets:
+        digest.update(container.encode() + files.signature())
+    return digest.hexdigest()
+
+
+def _build(datasets: Sequence[Dataset]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
+    """The columns of all datasets, a piece for each; and what is known of them."""
+    parts: list[Records] = []
+    files = classes = records = labels_crc32 = 0
+    largest: list[int] = []
+    for dataset in datasets:
+        with progress_bar(f"reading {dataset.folder}", counts_bytes=True) as progress:
+            part = CONTAINERS[dataset.container].read_records(dataset.files, progress)
+        _refuse_damage(dataset, part)
+        _refuse_changed(dataset)
+        at = int(np.argmax(part.label_N))
+        largest.append(records + at)
+        shifted = part._replace(
+            file_N=(part.file_N + files).astype(FILE, copy=False),
+            label_N=part.label_N + classes,
+            damaged_D=part.damaged_D + records,
+        )
+        files, records, classes = (
+            files + len(dataset.files),
+            records + len(part.label_N),
+            int(shifted.label_N[at]) + 1,
+        )
+        labels_crc32 = zlib.crc32(shifted.label_N.data, labels_crc32)
+        parts.append(shifted)
+    columns = {
+        name: [piece.astype(dtype, copy=False) for piece in pieces]
+        for (name, dtype), pieces in zip(COLUMNS.items(), zip(*parts, strict=True), strict=True)
+    }
+    return columns, {"classes": classes, "labels_crc32": labels_crc32, "largest": largest}
+
+
+def _refuse_damage(dataset: Dataset, records: Records) -> None:
+    damaged, total = len(records.damaged_D), len(records.label_N)
+    if damaged <= max(_MOST_DAMAGED, _DAMAGED_SHARE * total):
+        return
+    reasons = Catalog([dataset], records, 0, 0).damage(_NAMED)
+    raise DatasetError(
+        f"{dataset.folder}: {damaged} of {total} records are damaged, more than {_DAMAGED_SHARE:.0%}; copy "
+        "it anew. The first:\n" + "\n".join(reasons)
+    )
+
+
+def _refuse_changed(dataset: Dataset) -> None:
+    now = CONTAINERS[dataset.container].list_files(dataset.folder)
+    if now is None or now.signature() != dataset.files.signature():
+        raise DatasetError(
+            f"{dataset.folder} has changed while its catalog was being made: start again when it is complete"
+        )
+
+
+def _check_classes(catalog: Catalog, largest: Sequence[int], num_classes: int | None) -> None:
+    """`largest` are the records with the largest label of each dataset."""
+    if num_classes is not None:
+        label = catalog.label_N[largest[-1]]
+        if label >= num_classes:
+            raise DatasetError(
+                f"{catalog.name_of(largest[-1])} has label {label}, outside the {num_classes} classes of "
+                f"data.num_classes (0 to {num_classes - 1}); set it to at least {label + 1}"
+            )
+        return
+    before = 0
+    for dataset, record in zip(catalog.datasets, largest, strict=True):
+        label = int(catalog.label_N[record]) - before
+        said = read_property(dataset.folder)
+        if said is not None and said[0] != label + 1:
+            raise DatasetError(
+                f"{dataset.folder / 'property'} says {said[0]} classes, but {catalog.name_of(record)} has "
+                f"label {label}, the largest, so there are {label + 1}; correct `property`, or set "
+                "data.num_classes to say which is meant"
+            )
+        before += label + 1

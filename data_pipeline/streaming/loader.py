@@ -1,0 +1,132 @@
+"""Micro-batches of samples that are streamed from shards afar: the loader for data that has no catalog.
+
+Each rank takes the samples of its own shards as they come; a step is the next ones of every rank. A sample
+that cannot be decoded is replaced by the next of its micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from data_pipeline import augment
+from data_pipeline.config import DataConfig
+from data_pipeline.decode import EncodedBatch
+from data_pipeline.loader import Batch, Decoding, Share
+from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError
+from data_pipeline.streaming.connection import RemoteError
+from data_pipeline.streaming.samples import RemoteSamples, Sample, resume
+
+
+class RemoteLoader(Decoding):
+    """Iterates once, without end, over this rank's micro-batches, from `cursor_W2` on.
+
+    `cursor` is this rank's row of the run's cursor after the batches that were given out; `sample_B` of a
+    batch names shard position and number within it (position * 2^32 + number). `gather_labels` brings this
+    rank's labels of a step int64 [n], and those of all other ranks, to every rank.
+
+    Raises RemoteError for what cannot be read, or has a label outside the classes.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        urls: list[str],
+        num_classes: int,
+        share: Share,
+        *,
+        seed: int,
+        cursor_W2: np.ndarray,
+        ranks_on_node: int,
+        device_id: int | None,
+        quarantine: Quarantine,
+        gather_labels: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        cursor_W2 = resume(cursor_W2, share.world_size)
+        self._seed, self._num_classes = seed, num_classes
+        self._gather_labels = gather_labels
+        self._samples = RemoteSamples(
+            urls,
+            seed=seed,
+            rank=share.rank,
+            world_size=share.world_size,
+            window=config.shards_window,
+            cursor=cursor_W2,
+        )
+        self._rows: dict[int, list[Sample]] = {}  # of the micro-batches that were read and not given out
+        self._chosen: dict[int, list[Sample]] = {}  # of those that are being decoded, bad rows replaced
+        self._read = 0
+        self.cursor: tuple[int, int] = (int(cursor_W2[share.rank, 0]), int(cursor_W2[share.rank, 1]))
+        super().__init__(
+            config, share, first=0, ranks_on_node=ranks_on_node, device_id=device_id, quarantine=quarantine
+        )
+
+    def __iter__(self) -> RemoteLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        i, images_BCHW = self._decoded()
+        label_B = torch.tensor([row.label for row in self._chosen.pop(i)])
+        rows = self._rows.pop(i)
+        self.cursor = rows[-1].after
+        return Batch(
+            images_BCHW,
+            label_B.to(images_BCHW.device, non_blocking=True),
+            torch.tensor([_position(row) for row in rows]),
+        )
+
+    def labels_of_step(self, step: int) -> torch.Tensor:
+        """Labels int64 of all samples of the step that comes next, those of the other ranks too."""
+        numbers = range(self._next, self._next + self._share.accumulation)
+        return self._gather_labels(torch.tensor([row.label for i in numbers for row in self._micro_batch(i)]))
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._samples.close()
+
+    def _micro_batch(self, i: int) -> list[Sample]:
+        while self._read <= i:
+            self._rows[self._read] = [
+                self._checked(next(self._samples)) for _ in range(self._share.micro_batch)
+            ]
+            self._read += 1
+        return self._rows[i]
+
+    def _checked(self, sample: Sample) -> Sample:
+        if sample.label >= self._num_classes:
+            raise RemoteError(
+                f"{sample.name}: label {sample.label} is outside the {self._num_classes} classes of "
+                f"data.num_classes (0 to {self._num_classes - 1}); set it to the number of identities"
+            )
+        return sample
+
+    def _usable(self, rows: list[Sample]) -> list[Sample]:
+        """The rows, bad ones replaced by the next good one, around their end to their start."""
+        good = [row for row in rows if _position(row) not in self._quarantine]
+        if not good:
+            raise QuarantineError(f"no image of the {len(rows)} from {rows[0].name} on can be decoded")
+        following, usable = good[0], []
+        for row in reversed(rows):
+            following = row if _position(row) not in self._quarantine else following
+            usable.append(following)
+        return usable[::-1]
+
+    def _encoded(self, i: int) -> EncodedBatch:
+        rows = self._micro_batch(i)
+        self._chosen[i] = self._usable(rows)
+        position_B = np.array([_position(row) for row in rows])
+        images = [row.encoded for row in self._chosen[i]]
+        return images, augment.of_samples(self._config.augment, self._seed, position_B)
+
+    def _name_of(self, i: int, row: int) -> str:
+        return self._chosen[i][row].name
+
+    def _exclude(self, i: int, row: int, reason: str) -> None:
+        bad = self._chosen[i][row]
+        self._quarantine.add(_position(bad), BadRecord(bad.name, bad.number, bad.shard, reason))
+
+
+def _position(sample: Sample) -> int:
+    return sample.shard << 32 | sample.number

@@ -1,0 +1,313 @@
+"""Training samples from WebDataset shards that are streamed from afar, and where to go on after a stop.
+
+    urls       train-{000000..000099}.tar -> a sorted list of n shards
+    order      position q of the infinite sequence of shards -> one of the n                pure
+    ranks      rank r of W reads the positions q0 + r, q0 + r + W, q0 + r + 2 W, ...        pure
+    samples    the shard's bytes (data_pipeline/streaming/connection.py) -> images and labels, by webdataset
+    mix        windows of samples, each permuted by (seed, position, window)                pure
+    queue      a thread reads ahead of the consumer by one window
+
+So the order is a function of integers, and what a rank has to remember is two of them: the position of the
+shard it reads, and how many of its samples are done. To go on, the shard is streamed again from its start
+and that many samples are dropped. On another number of ranks all start at the smallest position that is not
+done: no shard is left out, at most those in flight are seen again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import tarfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from braceexpand import braceexpand
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from data_pipeline import philox as counter
+from data_pipeline import shuffle as order
+from data_pipeline.formats.tar_index import label_of_cls, label_of_json
+from data_pipeline.streaming.connection import Patience, RemoteError, Stopped, Stream, Waits, require_reader
+
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MIX = 8
+_NOTICE_S = 0.1
+
+
+class Sample(NamedTuple):
+    """An encoded image uint8 [n] and its label; `name` is for messages: the shard's URL and the key.
+
+    `shard` is the position in the sequence of shards, `number` counts the shard's samples in the order in
+    which they come. `after` is its rank's row of the cursor once this sample has been trained.
+    """
+
+    encoded: np.ndarray
+    label: int
+    name: str
+    shard: int
+    number: int
+    after: tuple[int, int]
+
+
+def shard_urls(patterns: Sequence[str]) -> list[str]:
+    """All shards that the patterns name, braces expanded ({000..099}, {a,b}), sorted.
+
+    Raises ValueError for no shard at all, one that is named twice, and a URL that cannot be read here.
+    """
+    urls = sorted(url for pattern in patterns for url in braceexpand(pattern, escape=False))
+    if not urls:
+        raise ValueError(f"expected the URLs of at least one shard, found none in {list(patterns)}")
+    twice = [url for url, following in itertools.pairwise(urls) if url == following]
+    if twice:
+        raise ValueError(
+            f"expected every shard once, found {len(twice)} named again, first {twice[0]}; "
+            "let the patterns not overlap"
+        )
+    for url in urls:
+        require_reader(url)
+    return urls
+
+
+def first_cursor(world_size: int) -> np.ndarray:
+    """The cursor int64 [W, 2] of a run that has not begun."""
+    return _started_at(0, world_size)
+
+
+def resume(cursor_V2: np.ndarray, world_size: int) -> np.ndarray:
+    """The cursor int64 [W, 2] with which `world_size` ranks go on from that of V ranks.
+
+    Row r is the position of the shard that rank r reads next and the number of its samples that are done.
+    With W = V nothing changes; else all start at the smallest position that is not done. Raises ValueError
+    for what is no cursor.
+    """
+    cursor_V2 = np.asarray(cursor_V2)
+    is_whole = np.issubdtype(cursor_V2.dtype, np.integer)
+    if not is_whole or cursor_V2.ndim != 2 or cursor_V2.shape[1] != 2 or not cursor_V2.size:
+        raise ValueError(
+            f"expected a cursor of whole numbers [ranks, 2], found {cursor_V2.dtype} {list(cursor_V2.shape)}"
+        )
+    if (cursor_V2 < 0).any():
+        raise ValueError(f"expected a cursor of positions and counts from 0, found {cursor_V2.tolist()}")
+    if len(cursor_V2) == world_size:
+        return cursor_V2.astype(np.int64)
+    return _started_at(int(cursor_V2[:, 0].min()), world_size)
+
+
+def shard_of(seed: int, position: int, shards: int) -> int:
+    """Which of so many shards stands at a position of the infinite sequence."""
+    return int(order.record_of(seed, np.array([position]), shards)[0])
+
+
+def mixed(seed: int, position: int, window_number: int, samples: int) -> np.ndarray:
+    """The order int64 [samples] in which the samples of a shard's window come."""
+    at_N = (position << 32) + np.arange(samples, dtype=np.int64)
+    high_N, low_N, *_ = counter.words(seed, at_N, _MIX << 32 | window_number)
+    return np.lexsort((low_N, high_N))
+
+
+class RemoteSamples:
+    """Iterates once, without end, over the samples of one rank; a thread reads ahead of it.
+
+    `window` samples are mixed with each other; up to three times as many encoded images are held in memory.
+    `cursor` is that of a checkpoint, int64 [V, 2] for any number V of ranks, None at the start of a run.
+    Errors in reading are raised by the iteration as RemoteError, once what came before has been given out.
+    `close` ends the thread; garbage collection and the end of the interpreter do so too.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        window: int,
+        cursor: np.ndarray | None = None,
+        patience: Patience = Patience(),  # noqa: B008 - immutable
+    ) -> None:
+        _require_share(urls, rank, world_size, window)
+        cursor_W2 = first_cursor(world_size) if cursor is None else resume(cursor, world_size)
+        position, done = cursor_W2[rank].tolist()
+        self._waits = waits = Waits()
+        samples = _endless(list(urls), seed, position, done, world_size, window, patience, waits)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=window)
+        # The thread knows nothing of this object, so that it can be collected.
+        self._thread = threading.Thread(
+            target=_read_ahead, args=(samples, self._queue, waits), name="shards", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, _end, waits, self._thread)
+        self._thread.start()
+
+    def __iter__(self) -> RemoteSamples:
+        return self
+
+    def __next__(self) -> Sample:
+        if not self._finalizer.alive:
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, Sample):
+            return item
+        # Whoever asks again is told the same.
+        self._queue.put(item)
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def __enter__(self) -> RemoteSamples:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reading thread and close its connection; the iteration is then over."""
+        self._finalizer()
+        # A consumer in another thread may be waiting.
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+
+
+def _started_at(position: int, world_size: int) -> np.ndarray:
+    cursor_W2 = np.zeros((world_size, 2), np.int64)
+    cursor_W2[:, 0] = position + np.arange(world_size)
+    return cursor_W2
+
+
+def _require_share(urls: Sequence[str], rank: int, world_size: int, window: int) -> None:
+    if not urls:
+        raise ValueError("expected the URLs of at least one shard, found none")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"expected a rank from 0 to {world_size - 1}, found {rank}")
+    if window < 1:
+        raise ValueError(f"expected a window of at least 1 sample, found {window}")
+
+
+def _endless(
+    urls: list[str],
+    seed: int,
+    position: int,
+    done: int,
+    world_size: int,
+    window: int,
+    patience: Patience,
+    waits: Waits,
+) -> Iterator[Sample]:
+    """The samples of a rank from `done` samples into the shard at `position` on."""
+    while True:
+        url = urls[shard_of(seed, position, len(urls))]
+        with contextlib.closing(Stream(url, patience, waits)) as stream:
+            yield from _of_shard(stream, seed, position, done, position + world_size, window)
+        position, done = position + world_size, 0
+
+
+def _of_shard(
+    stream: Stream, seed: int, position: int, done: int, next_position: int, window: int
+) -> Iterator[Sample]:
+    first = 0
+    for window_number, (window_samples, is_last) in enumerate(_windows(_decoded(stream), window)):
+        end = first + len(window_samples)
+        order_N = mixed(seed, position, window_number, len(window_samples))
+        for number, i in enumerate(order_N.tolist(), first):
+            if number >= done:
+                is_end = is_last and number == end - 1
+                after = (next_position, 0) if is_end else (position, number + 1)
+                encoded, label, name = window_samples[i]
+                yield Sample(encoded, label, name, position, number, after)
+        first = end
+    if not first:
+        raise RemoteError(f"{stream.url}: expected samples, found an empty archive; remove it from the list")
+    if first <= done:
+        raise RemoteError(
+            f"{stream.url}: expected more than the {done} samples that the checkpoint has done of it, found "
+            f"{first}: it is another shard than then; restore the shards, their list and the seed"
+        )
+
+
+def _windows(items: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
+    """The items, `size` at a time, and whether they are the last."""
+    window = list(itertools.islice(items, size))
+    while window:
+        following = list(itertools.islice(items, 1))
+        yield window, not following
+        window = following + list(itertools.islice(items, size - 1)) if following else []
+
+
+def _decoded(stream: Stream) -> Iterator[tuple[np.ndarray, int, str]]:
+    """Image, label and name of all samples of a shard, in its own order."""
+    try:
+        for members in group_by_keys(_files(stream)):
+            # A group with neither is something else, such as a file that describes the shard.
+            if "cls" in members or any(suffix in members for suffix in _IMAGE_SUFFIXES):
+                yield _image_and_label(members, f"{stream.url}: sample {members['__key__']!r}")
+    except RemoteError:
+        raise
+    except (tarfile.TarError, ValueError) as error:
+        # The text before what webdataset has added.
+        reason = str(error.args[0]).partition(" @ ")[0]
+        raise RemoteError(
+            f"{stream.url}: expected a tar archive, found damage at byte {stream.at} or before: {reason}; "
+            "copy it to the server anew"
+        ) from error
+
+
+def _files(stream: Stream) -> Iterator[dict[str, Any]]:
+    for file in tar_file_iterator(stream):
+        yield {"__url__": stream.url, **file}
+    stream.require_end_of_archive()
+
+
+def _image_and_label(members: dict[str, Any], name: str) -> tuple[np.ndarray, int, str]:
+    images = [members[suffix] for suffix in _IMAGE_SUFFIXES if suffix in members]
+    if len(images) != 1 or not images[0]:
+        found = f"{len(images)} images" if len(images) != 1 else "an empty one"
+        raise RemoteError(
+            f"{name}: expected one image (.{', .'.join(_IMAGE_SUFFIXES)}), found {found}; write it anew"
+        )
+    return np.frombuffer(images[0], np.uint8), _label(members, name), name
+
+
+def _label(members: dict[str, Any], name: str) -> int:
+    """What .cls says, else "label" or "cls" in .json."""
+    text: bytes | None = members.get("cls", members.get("json"))
+    label = None
+    with contextlib.suppress(ValueError):  # more digits than Python takes
+        label = label_of_cls(members["cls"]) if "cls" in members else label_of_json(text or b"{}")
+    if label is None or not 0 <= label < 1 << 63:
+        raise RemoteError(
+            f"{name}: expected a whole number from 0 in .cls, or as 'label' or 'cls' in .json, found "
+            f"{'neither' if text is None else repr(text[:80])}; write it anew"
+        )
+    return label
+
+
+def _read_ahead(samples: Iterator[Sample], out: queue.Queue[Any], waits: Waits) -> None:
+    try:
+        with contextlib.closing(samples):  # type: ignore[type-var]
+            for sample in samples:
+                _put(sample, out, waits)
+    except Stopped:
+        pass
+    except BaseException as error:
+        with contextlib.suppress(Stopped):
+            _put(error, out, waits)
+
+
+def _put(item: Any, out: queue.Queue[Any], waits: Waits) -> None:
+    # Asks from time to time, rather than being woken: garbage collection may stop it from any thread, even
+    # one that holds the queue's lock.
+    while not waits.is_stopped:
+        with contextlib.suppress(queue.Full):
+            return out.put(item, timeout=_NOTICE_S)
+    raise Stopped
+
+
+def _end(waits: Waits, reader: threading.Thread) -> None:
+    waits.stop()
+    here = threading.current_thread()
+    # Garbage may be collected in the very threads that would be waited for.
+    if here is not reader and not waits.is_needed_by_reader(here):
+        reader.join()

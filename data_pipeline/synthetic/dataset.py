@@ -1,0 +1,209 @@
+"""A synthetic set as a folder: an InsightFace dataset, a verification set, and what is in every picture.
+
+    train.rec, train.idx, property    the people to train on; labels in turn scalar and [class, aligned]
+    held_out.bin                      pairs of other people
+    train_nuisances.tsv               one row per training picture, under its record key
+    held_out_nuisances.tsv            one row per picture of held_out.bin, under its number there
+    synth.json                        the configuration, and the sizes of the files
+
+Everything is written into a hidden folder beside the final one, which gets its name when all is there.
+Several processes paint; the pictures are written in order, and only a few are in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, get_type_hints
+
+import numpy as np
+
+from data_pipeline.common.process_pool import in_order
+from data_pipeline.formats.pair_file import write_pairs
+from data_pipeline.formats.recordio import FLOAT32_EXACT
+from data_pipeline.formats.recordio_writer import InsightFaceWriter
+from data_pipeline.synthetic.face import Nuisances
+from data_pipeline.synthetic.identities import AT_ONCE, Picture, SynthConfig, pairs_of, pictures
+
+# Part of every set's description: to be raised with any change to what is drawn or painted.
+PAINTER = 1
+PAIRS_FILE = "held_out.bin"
+TRAIN_NUISANCES = "train_nuisances.tsv"
+PAIRS_NUISANCES = "held_out_nuisances.tsv"
+
+_DESCRIPTION = "synth.json"
+
+_COLUMNS = np.dtype(
+    [("key", np.int64), ("identity", np.int64), ("number", np.int64)]
+    + [(name, {float: "f4", int: "i8", str: "U16"}[kind]) for name, kind in get_type_hints(Nuisances).items()]
+)
+
+
+def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], None] | None = None) -> bool:
+    """Write the set of `config` into `folder`, which must be new or empty; True if it was written.
+
+    False if the folder already holds exactly this set. `progress` is called with the pictures done and all.
+
+    Raises ValueError if the folder holds anything else, if another process is writing it, or if the set is
+    too large for the format.
+    """
+    _require_room_in_format(config)
+    folder = folder.resolve()
+    if _holds_the_set(folder, config):
+        return False
+    partial = folder.with_name(f".{folder.name}.part")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{partial}: expected no such folder; another `lgaf data synth` is writing {folder}, or one was "
+            f"killed: if none is running, remove it"
+        ) from None
+    try:
+        with contextlib.closing(painted(config, progress or (lambda done, total: None))) as stream:
+            _write_training(partial, config, islice(stream, config.images))
+            _write_pairs(partial, config, stream)
+        _describe(partial, config)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _require_room_in_format(config: SynthConfig) -> None:
+    if config.images + config.identities + 1 > FLOAT32_EXACT:
+        raise ValueError(
+            f"identities = {config.identities} with images_per_identity = {config.images_per_identity}: an "
+            f"InsightFace dataset counts exactly up to {FLOAT32_EXACT} images and identities together, "
+            f"found {config.images + config.identities}; write several sets with other seeds, or stream it "
+            "(`lgaf data paint`)"
+        )
+
+
+def read_nuisances(path: Path) -> np.ndarray:
+    """What is in every picture of a set, in order: one row each, the columns by name.
+
+    `key` is the record's key in train.rec, or the picture's number in held_out.bin; `identity` and `number`
+    say which picture it is; the others are those of `Nuisances`.
+
+    Raises ValueError, naming the file, if it has other columns.
+    """
+    with open(path, encoding="utf-8") as file:
+        header = file.readline().split()
+        if header != list(_COLUMNS.names or ()):
+            raise ValueError(f"{path}: expected the columns {' '.join(_COLUMNS.names or ())}, found {header}")
+        return np.loadtxt(file, _COLUMNS, delimiter="\t", ndmin=1)
+
+
+def _write_training(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -> None:
+    with (
+        InsightFaceWriter(folder, size=config.image_size) as writer,
+        open(folder / TRAIN_NUISANCES, "w", encoding="utf-8") as table,
+    ):
+        rows = _Table(table)
+        for key, picture in enumerate(stream, 1):
+            label = float(picture.identity)
+            writer.add(picture.jpeg, label if picture.number % 2 == 0 else (label, 1.0))
+            rows.add(key, picture)
+
+
+def _write_pairs(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -> None:
+    images = []
+    with open(folder / PAIRS_NUISANCES, "w", encoding="utf-8") as table:
+        rows = _Table(table)
+        for number, picture in enumerate(stream):
+            images.append(picture.jpeg)
+            rows.add(number, picture)
+    write_pairs(folder / PAIRS_FILE, images, pairs_of(config).issame_P.tolist())
+
+
+class _Table:
+    """Writes the rows that `read_nuisances` reads."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._writer = csv.writer(file, dialect="excel-tab", lineterminator="\n")
+        self._writer.writerow(_COLUMNS.names or ())
+
+    def add(self, key: int, picture: Picture) -> None:
+        values = (f"{value:.5g}" if isinstance(value, float) else value for value in picture.nuisances)
+        self._writer.writerow((key, picture.identity, picture.number, *values))
+
+
+def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[Picture]:
+    """All pictures of the set in order: those to train on, then those of the pairs."""
+    total, done = config.images + 2 * config.pairs, 0
+    arguments = ((config, *chunk) for chunk in _chunks(config))
+    with contextlib.closing(in_order(pictures, arguments, config.processes)) as results:
+        for result in results:
+            for picture in result:
+                yield picture
+                done += 1
+            progress(done, total)
+
+
+def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Identities and numbers of all pictures, a few at a time."""
+    for start in range(0, config.images, AT_ONCE):
+        image_N = np.arange(start, min(start + AT_ONCE, config.images))
+        yield image_N // config.images_per_identity, image_N % config.images_per_identity
+    pairs = pairs_of(config)
+    for start in range(0, 2 * config.pairs, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        yield pairs.identity_2P[part], pairs.number_2P[part]
+
+
+def _what_is_drawn(config: SynthConfig) -> dict[str, object]:
+    """All that decides the contents of a set."""
+    return {"painter": PAINTER, **config.model_dump(mode="json", exclude={"processes"})}
+
+
+def _describe(folder: Path, config: SynthConfig) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    description = {"config": _what_is_drawn(config), "bytes": sizes}
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
+    """Whether the set is there already; ValueError if something else is."""
+    if not folder.exists():
+        return False
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    if not names:
+        return False
+    expected = f"{folder}: expected a new or empty folder, or the set that is asked for"
+    todo = "choose another folder, or remove this one"
+    description = _description(folder)
+    if description is None:
+        raise ValueError(f"{expected}; found other content ({', '.join(names[:5])}); {todo}")
+    has, wanted = description["config"], _what_is_drawn(config)
+    differing = [
+        f"{k} = {has.get(k)}, asked for {wanted.get(k)}" for k in has | wanted if has.get(k) != wanted.get(k)
+    ]
+    if differing:
+        raise ValueError(f"{expected}; found a set with {'; '.join(differing)}; {todo}")
+    for name, size in description["bytes"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise ValueError(
+                f"{folder / name}: expected {size} bytes, found {found or 'no such file'}; {todo}"
+            )
+    return True
+
+
+def _description(folder: Path) -> dict[str, dict[str, object]] | None:
+    """What the set in a folder says of itself; None where there is none."""
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    match description:
+        case {"config": dict(), "bytes": dict()}:
+            return description
+    return None

@@ -1,0 +1,45 @@
+"""A part of a synthetic set as a tar shard on a stream: pictures to train on that are stored nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+
+from data_pipeline import shuffle as order
+from data_pipeline.common.process_pool import in_order
+from data_pipeline.formats import tar_index as tarshards
+from data_pipeline.synthetic.identities import AT_ONCE, SynthConfig, pictures
+
+
+def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> None:
+    """Paint one of `parts` parts of the set's training pictures, which together are all of them, once.
+
+    In every part the people come in random order. The same arguments give the same bytes.
+
+    Raises ValueError if there are fewer pictures than parts.
+    """
+    if parts > config.images:
+        raise ValueError(
+            f"{part}/{parts}: expected at most as many parts as pictures, found {config.images} "
+            f"(identities = {config.identities}, images_per_identity = {config.images_per_identity})"
+        )
+    with contextlib.closing(in_order(pictures, _chunks(config, part, parts), config.processes)) as results:
+        number = part
+        for result in results:
+            for picture in result:
+                out.write(tarshards.sample(number, picture.jpeg, picture.identity))
+                number += parts
+    out.write(tarshards.END)
+    out.flush()
+
+
+def _chunks(
+    config: SynthConfig, part: int, parts: int
+) -> Iterator[tuple[SynthConfig, np.ndarray, np.ndarray]]:
+    for start in range(part, config.images, parts * AT_ONCE):
+        position_N = np.arange(start, min(start + parts * AT_ONCE, config.images), parts)
+        image_N = order.record_of(config.seed, position_N, config.images)
+        yield config, image_N // config.images_per_identity, image_N % config.images_per_identity

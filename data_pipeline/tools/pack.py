@@ -1,0 +1,296 @@
+"""Image files become a dataset, in RecordIO or in tar shards.
+
+The images come as a folder with one sub-folder per identity: the sub-folders, in natural order (s2 before
+s10), are the classes 0, 1, 2, ..., and `identities.tsv` keeps their names. Or as a list, one line for each
+image with its path and its class, in any order.
+
+Each image is cropped to its central square, resized, and stored as a colour JPEG; a JPEG of the right size is
+stored byte for byte. All cores work at this, and the images are written in order.
+
+The last few identities of a folder may be held out: they are not packed, and `held_out.bin` asks of pairs of
+their images whether they show one person. A network that never saw these people is to answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from data_pipeline import philox as counter
+from data_pipeline.common.atomic_write import staged
+from data_pipeline.common.process_pool import in_order
+from data_pipeline.formats.container import Progress
+from data_pipeline.formats.image_folder import listed
+from data_pipeline.formats.pair_file import write_pairs
+from data_pipeline.formats.recordio_writer import FlatWriter, InsightFaceWriter
+from data_pipeline.formats.tar_index import ShardWriter
+
+Format = Literal["rec", "tar"]
+
+_PAIR_STREAM = 32
+# As many as in the published sets (LFW has 6,000 pairs, CFP-FP 7,000).
+_MOST_PAIRS = 6000
+_AT_ONCE = 16  # images a process encodes between two messages
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What was packed: `kept_images` of the `images` were stored byte for byte; `pairs` are held out."""
+
+    folder: Path
+    identities: int
+    images: int
+    kept_images: int
+    image_bytes: int
+    pairs: int = 0
+
+
+class _Writer(Protocol):
+    def add(self, image: bytes, label: int, /) -> None: ...
+
+
+def pack_folder(
+    folder: Path,
+    out: Path,
+    *,
+    form: Format = "rec",
+    size: int = 112,
+    quality: int = 95,
+    hold_out: int = 0,
+    shard_samples: int = 10_000,
+    progress: Progress | None = None,
+) -> PackSummary:
+    """Pack the images of `folder` into `out`: train.rec, train.idx and property, or shards; identities.tsv.
+
+    `size` is the stored width and height in pixels, `quality` that of the JPEGs (1 to 95); the last
+    `hold_out` identities go into held_out.bin instead; a shard gets `shard_samples` images. `progress` is
+    called after every image with the number of images done and of all images.
+
+    Raises ValueError if `out` is not empty, if `folder` has no identity folders or an empty one, if too few
+    are held out or left, or, naming the file, if an image cannot be read; OSError if the disk is full. Then
+    nothing has appeared in `out`.
+    """
+    files_by_identity, held_out = _split(folder, _identities(folder), hold_out)
+    items = ((file, i) for i, files in enumerate(files_by_identity.values()) for file in files)
+    total = sum(map(len, files_by_identity.values()))
+    with staged(out) as partial:
+        writer = (
+            InsightFaceWriter(partial, size=size)
+            if form == "rec"
+            else ShardWriter(partial, samples=shard_samples)
+        )
+        stored = _store(items, total, writer, size, quality, progress)
+        (partial / "identities.tsv").write_text(
+            _names_table(files_by_identity), encoding="utf-8", errors="surrogateescape"
+        )
+        pairs = _write_held_out(partial / "held_out.bin", held_out, size, quality)
+    return PackSummary(out, len(files_by_identity), *stored, pairs)
+
+
+def pack_list(
+    listed: Path,
+    out: Path,
+    *,
+    form: Format = "rec",
+    size: int = 112,
+    quality: int = 95,
+    shard_samples: int = 10_000,
+    progress: Progress | None = None,
+) -> PackSummary:
+    """Pack the images that the file `listed` names, in its order, each with its class, into `out`.
+
+    The lines are `path<TAB>label`, or with a comma if the file's name ends in .csv; a first line that names
+    the columns `path` and `label` may put them in other places. Paths start from the file's folder. The rest
+    is as in `pack_folder`; labels that float32 cannot hold go into a sidecar of whole numbers.
+
+    Raises ValueError, naming the line, if one is not like this; else as `pack_folder` does.
+    """
+    # Once to find what is wrong before anything is written, and once to write.
+    label_N = np.frombuffer(array("q", (label for _, label in _rows(listed))), np.int64)
+    if not len(label_N):
+        raise ValueError(f"{listed}: expected lines 'path<TAB>label', found none")
+    with staged(out) as partial:
+        writer = (
+            FlatWriter(partial, image_size=(size, size))
+            if form == "rec"
+            else ShardWriter(partial, samples=shard_samples)
+        )
+        stored = _store(_rows(listed), len(label_N), writer, size, quality, progress)
+    return PackSummary(out, len(np.unique(label_N)), *stored)
+
+
+def _store(
+    items: Iterable[tuple[Path, int]],
+    total: int,
+    writer: AbstractContextManager[_Writer],
+    size: int,
+    quality: int,
+    progress: Progress | None,
+) -> tuple[int, int, int]:
+    """Write all (file, label); how many images, how many kept as they were, how many bytes."""
+    done = kept = stored_bytes = 0
+    items = iter(items)
+    chunks = iter(lambda: list(itertools.islice(items, _AT_ONCE)), [])
+    with (
+        writer as opened,
+        contextlib.closing(in_order(_encoded, ((chunk, size, quality) for chunk in chunks))) as results,
+    ):
+        for result in results:
+            for image, label, is_original in result:
+                opened.add(image, label)
+                done, kept, stored_bytes = done + 1, kept + is_original, stored_bytes + len(image)
+                if progress is not None:
+                    progress(done, total)
+    return done, kept, stored_bytes
+
+
+def _encoded(chunk: list[tuple[Path, int]], size: int, quality: int) -> list[tuple[bytes, int, bool]]:
+    """What is stored of each (file, label), the label, and whether the bytes are the file's own."""
+    encoded = []
+    for file, label in chunk:
+        image, is_original = _jpeg(file, size, quality)
+        encoded.append((image, label, is_original))
+    return encoded
+
+
+def _rows(listed: Path) -> Iterator[tuple[Path, int]]:
+    """File and label of every line of a list."""
+    delimiter = "," if listed.suffix.lower() == ".csv" else "\t"
+    wanted = "path,label" if delimiter == "," else "path<TAB>label"
+    with open(listed, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.reader(file, delimiter=delimiter)
+        path_at, label_at, width = 0, 1, 2
+        try:
+            for row in table:
+                if table.line_num == 1 and {"path", "label"} <= set(row):
+                    path_at, label_at, width = row.index("path"), row.index("label"), len(row)
+                    continue
+                if not row:
+                    continue
+                label = row[label_at].strip() if len(row) == width else ""
+                is_whole = label.isascii() and label.isdigit() and len(label) < 20
+                if not is_whole or int(label) >= 1 << 63 or not row[path_at]:
+                    raise ValueError(
+                        f"{listed}: line {table.line_num} is {delimiter.join(row)[:80]!r}, expected "
+                        f"'{wanted}', the label a whole number from 0; correct it"
+                    )
+                yield listed.parent / row[path_at], int(label)
+        except csv.Error as error:
+            raise ValueError(f"{listed}: line {table.line_num} is no table row: {error}") from error
+
+
+def _split(
+    folder: Path, files_by_identity: dict[str, list[Path]], hold_out: int
+) -> tuple[dict[str, list[Path]], list[list[Path]]]:
+    """The identities to pack, and the files of those that are held out."""
+    names = list(files_by_identity)
+    held_out = [files_by_identity[name] for name in names[len(names) - hold_out :]]
+    if hold_out and (hold_out < 2 or hold_out >= len(names) or not any(len(files) > 1 for files in held_out)):
+        raise ValueError(
+            f"{folder}: expected to hold out at least 2 of the {len(names)} identities, one of them with "
+            f"2 images, and to keep at least 1, found {hold_out} to hold out; change their number"
+        )
+    return {name: files_by_identity[name] for name in names[: len(names) - hold_out]}, held_out
+
+
+def _write_held_out(path: Path, held_out: list[list[Path]], size: int, quality: int) -> int:
+    """Write as many pairs of one person as of two; returns their number, 0 if nobody is held out."""
+    if not held_out:
+        return 0
+    image_2P, issame_P = _pairs_of([len(files) for files in held_out])
+    files = [file for files in held_out for file in files]
+    encoded = {i: _jpeg(files[i], size, quality)[0] for i in np.unique(image_2P).tolist()}
+    write_pairs(path, [encoded[i] for i in image_2P.tolist()], issame_P.tolist())
+    return len(issame_P)
+
+
+def _pairs_of(count_I: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs among the images 0, 1, 2... of I people: image numbers [2P] and truths [P], in turns.
+
+    The pairs of one person and as many of two, up to _MOST_PAIRS in all, drawn evenly where there are more.
+    """
+    start_I = np.cumsum([0, *count_I[:-1]])
+    within = [np.stack(np.triu_indices(count, 1), axis=1) for count in count_I]
+    genuine_Q2 = np.concatenate([pair + start for pair, start in zip(within, start_I, strict=True)])
+    order_Q = np.argsort(counter.words(0, np.arange(len(genuine_Q2)), _PAIR_STREAM)[0], kind="stable")
+    person_N = np.repeat(np.arange(len(count_I)), count_I)
+    # Most draws are of two people, and few are drawn twice: four times as many as needed will do.
+    draw_Q2 = counter.words(1, np.arange(4 * _MOST_PAIRS), _PAIR_STREAM)[:2].T.astype(np.int64) % len(
+        person_N
+    )
+    draw_Q2 = np.sort(draw_Q2[person_N[draw_Q2[:, 0]] != person_N[draw_Q2[:, 1]]], axis=1)
+    _, first_seen = np.unique(draw_Q2, axis=0, return_index=True)
+    impostor_Q2 = draw_Q2[np.sort(first_seen)]
+    each = min(len(genuine_Q2), len(impostor_Q2), _MOST_PAIRS // 2)
+    image_P2 = np.stack([genuine_Q2[order_Q[:each]], impostor_Q2[:each]], axis=1).reshape(-1, 2)
+    return image_P2.ravel(), np.tile([True, False], each)
+
+
+def _identities(folder: Path) -> dict[str, list[Path]]:
+    """The files of each identity folder, all in natural order; what starts with a dot does not count."""
+    folders = [path for path in listed(folder) if path.is_dir()] if folder.is_dir() else []
+    if not folders:
+        raise ValueError(
+            f"{folder}: expected a folder with one sub-folder of images per identity, "
+            f"found {'no sub-folder' if folder.is_dir() else 'no such folder'}"
+        )
+    files_by_identity = {path.name: listed(path) for path in folders}
+    for name, files in files_by_identity.items():
+        if not files:
+            raise ValueError(f"{folder / name}: expected the images of one identity, found none; remove it")
+    return files_by_identity
+
+
+def _names_table(files_by_identity: dict[str, list[Path]]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, dialect="excel-tab", lineterminator="\n")
+    table.writerow(("class", "folder", "images"))
+    table.writerows((i, name, len(files)) for i, (name, files) in enumerate(files_by_identity.items()))
+    return text.getvalue()
+
+
+def _jpeg(file: Path, size: int, quality: int) -> tuple[bytes, bool]:
+    """The bytes to store of one image file, and whether they are the file's own."""
+    try:
+        with Image.open(file) as image:
+            # Decoded in any case, so that damage is found now and not in training.
+            image.load()
+            if _is_stored_as_is(image, size):
+                return file.read_bytes(), True
+            square = ImageOps.fit(_upright_rgb(image), (size, size), Image.Resampling.BICUBIC)
+    # Pillow's readers raise more kinds of errors on damaged files than they document.
+    except Exception as error:
+        raise ValueError(
+            f"{file}: expected an image, found: {error}; repair it, or remove it from the folder"
+        ) from error
+    encoded = io.BytesIO()
+    square.save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue(), False
+
+
+def _is_stored_as_is(image: Image.Image, size: int) -> bool:
+    """Readers turn a grey JPEG into RGB, but do not agree on CMYK and on rotation by EXIF."""
+    is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image.format == "JPEG" and image.size == (size, size) and image.mode in ("L", "RGB") and is_upright
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, with 8 bits per channel; Pillow itself would cut 16-bit grey off at 255."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        grey_HW = np.asarray(image)
+        if image.mode == "F" or grey_HW.min() < 0 or grey_HW.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode} beyond 16 bits, whose white is not known")
+        image = Image.fromarray(np.rint(grey_HW / 257).astype(np.uint8))
+    return image.convert("RGB")

@@ -1,0 +1,70 @@
+"""Every record of a dataset read and decoded: what training would meet only sooner or later.
+
+Processes take pieces of the records in turn; each opens the catalog, which is there by then, for itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.common.pillow_decode import DecodeError, decoded, kind, wrong_size
+from data_pipeline.common.process_pool import in_order
+from data_pipeline.formats.container import Progress
+from data_pipeline.formats.recordio import RecordError
+from data_pipeline.indexed.catalog import Catalog, open_catalog
+from data_pipeline.quarantine import BadRecord
+
+_AT_ONCE = 1000
+
+
+class Report(NamedTuple):
+    """What was found: how often each kind of image ("JPEG 112x112 RGB"), and what is bad."""
+
+    kinds: Counter[str]
+    bad: list[BadRecord]
+
+
+def validate(
+    folders: Sequence[Path], catalog_dir: Path | None, progress: Progress, processes: int | None = None
+) -> Report:
+    """Read and decode all records.
+
+    Raises DatasetError or RecordError for what is wrong with the dataset as a whole.
+    """
+    total = len(open_catalog(folders, catalog_dir=catalog_dir))
+    pieces = [(start, min(start + _AT_ONCE, total)) for start in range(0, total, _AT_ONCE)]
+    calls = ((tuple(folders), catalog_dir, start, stop) for start, stop in pieces)
+    kinds: Counter[str] = Counter()
+    bad: list[BadRecord] = []
+    for (_, stop), part in zip(pieces, in_order(_piece, calls, processes), strict=True):
+        kinds += part.kinds
+        bad += part.bad
+        progress(stop, total)
+    return Report(kinds, bad)
+
+
+@lru_cache(maxsize=1)
+def _catalog(folders: tuple[Path, ...], catalog_dir: Path | None) -> Catalog:
+    return open_catalog(folders, catalog_dir=catalog_dir)
+
+
+def _piece(folders: tuple[Path, ...], catalog_dir: Path | None, start: int, stop: int) -> Report:
+    catalog, report = _catalog(folders, catalog_dir), Report(Counter(), [])
+    for record in range(start, stop):
+        reason: str | None
+        try:
+            image = decoded(catalog.image(record), "")
+            reason = wrong_size(*image.size)
+        except RecordError as error:
+            reason = str(error)
+        except DecodeError as error:
+            reason = error.reason
+        if reason is None:
+            report.kinds[kind(image)] += 1
+        else:
+            report.bad.append(catalog.bad(record, reason))
+    return report

@@ -1,0 +1,160 @@
+"""The bytes of a checkpoint's tensors: each rank writes one file, and reads the rows that it needs of all.
+
+    write_part    this rank's part of a state -> FOLDER/rank-N.bin, its sum, and where each tensor is
+    merged        these descriptions of all ranks -> one table for the manifest
+    read          the rows that a state needs, by the manifest's table, into its tensors
+
+Torch's planner decides what a rank writes and reads. The files hold nothing but elements: there is no pickle
+or other format in them that a reader would have to interpret.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+
+from trainer.checkpoint.checksummed_file import FileSum, SummedFile, open_regular
+from trainer.checkpoint.directory import Chunk, StoredTensor
+
+# Read at a time: a chunk may be as large as a rank's whole part of the head.
+_PIECE_BYTES = 64 << 20
+
+State = dict[str, dict[str, torch.Tensor]]
+Table = dict[str, StoredTensor]
+
+
+def write_part(folder: Path, state: State, rank: int) -> tuple[dict[str, FileSum], Table]:
+    """Write this rank's tensors on the CPU, until they are on the disk.
+
+    Return the sum of the file by its name, and the table of the tensors with this rank's chunks only. A rank
+    without tensors writes no file. Raises OSError.
+    """
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state, is_coordinator=True)
+    items = planner.create_local_plan().items
+    if not items:
+        return {}, {}
+    name, table = f"rank-{rank}.bin", {}
+    with open(folder / name, "xb") as raw:
+        file = SummedFile(cast(BinaryIO, raw))
+        for item in items:
+            assert item.tensor_data is not None
+            tensor = cast(torch.Tensor, planner.resolve_data(item))
+            start, rows = _rows(item.tensor_data.chunk.offsets, tensor.shape)
+            chunk = Chunk(start, rows, name, file.tell(), tensor.nbytes)
+            write_tensor(file, tensor)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            table[item.index.fqn] = StoredTensor(dtype, tuple(item.tensor_data.size), (chunk,))
+        os.fsync(file.fileno())
+        file.close()
+    return {name: file.sum}, table
+
+
+def write_tensor(file: SummedFile, tensor: torch.Tensor) -> None:
+    """Write the elements of a tensor in row-major order."""
+    if tensor.numel():
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def merged(tables: Iterable[Table]) -> Table:
+    """The tables of all ranks as one, chunks from the first row on.
+
+    Raises ValueError if two ranks describe one tensor differently; the manifest refuses rows that are missing
+    or that two ranks have written.
+    """
+    found: Table = {}
+    for table in tables:
+        for name, part in table.items():
+            before = found.get(name, StoredTensor(part.dtype, part.shape, ()))
+            if (before.dtype, before.shape) != (part.dtype, part.shape):
+                raise ValueError(f"{name} is {part.dtype} {part.shape} and {before.dtype} {before.shape}")
+            # A rank may have no rows of a tensor.
+            chunks = [chunk for chunk in (*before.chunks, *part.chunks) if chunk.rows]
+            found[name] = StoredTensor(
+                part.dtype, part.shape, tuple(sorted(chunks, key=lambda chunk: chunk.start))
+            )
+    return found
+
+
+def read(folder: Path, state: State, table: Table) -> None:
+    """Fill the tensors of `state`, of which the table has all, in place; read only the rows that they need.
+
+    Raises OSError, and EOFError if a file is too short.
+    """
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(state, _metadata(table), is_coordinator=True)
+    by_start = {(name, chunk.start): chunk for name, tensor in table.items() for chunk in tensor.chunks}
+    by_file: dict[str, list[tuple[Chunk, ReadItem]]] = {}
+    for item in planner.finish_plan(planner.create_local_plan()).items:
+        offset = item.storage_index.offset
+        chunk = by_start[item.storage_index.fqn, offset[0] if offset else 0]
+        by_file.setdefault(chunk.file, []).append((chunk, item))
+    for name, wanted in by_file.items():
+        with open_regular(folder / name) as file:
+            for chunk, item in sorted(wanted, key=lambda pair: pair[0].offset):
+                target = planner.resolve_tensor(item).detach()
+                row, _ = _rows(item.storage_offsets, target.shape)
+                tensor = table[item.storage_index.fqn]
+                _read_rows(file, chunk.offset + row * tensor.row_bytes, tensor, target)
+
+
+def _read_rows(file: io.FileIO, offset: int, tensor: StoredTensor, target: torch.Tensor) -> None:
+    rows = target.reshape(1) if target.ndim == 0 else target
+    step = max(1, _PIECE_BYTES // max(1, tensor.row_bytes))
+    file.seek(offset)
+    for piece in rows.split(step):
+        if piece.numel():
+            content = bytearray(len(piece) * tensor.row_bytes)
+            _fill(file, memoryview(content))
+            piece.copy_(torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(piece.shape))
+
+
+def _fill(file: io.FileIO, content: memoryview) -> None:
+    while content:
+        count = file.readinto(content)
+        if not count:
+            raise EOFError(f"expected {len(content)} more bytes, found the end of the file")
+        content = content[count:]
+
+
+def _rows(offsets: Iterable[int], shape: torch.Size) -> tuple[int, int]:
+    """First row and number of rows. Tensors are divided by rows only, so that other offsets are 0."""
+    start, *others = [*offsets] or [0]
+    assert not any(others)
+    return start, shape[0] if shape else 1
+
+
+def _metadata(table: Table) -> Metadata:
+    """The table as torch's planner takes it."""
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=getattr(torch, tensor.dtype)),
+                torch.Size(tensor.shape),
+                [_torch_chunk(tensor, chunk) for chunk in tensor.chunks],
+            )
+            for name, tensor in table.items()
+        }
+    )
+
+
+def _torch_chunk(tensor: StoredTensor, chunk: Chunk) -> ChunkStorageMetadata:
+    if not tensor.shape:
+        return ChunkStorageMetadata(torch.Size(()), torch.Size(()))
+    others = tensor.shape[1:]
+    return ChunkStorageMetadata(
+        torch.Size((chunk.start, *(0 for _ in others))), torch.Size((chunk.rows, *others))
+    )

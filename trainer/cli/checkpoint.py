@@ -1,0 +1,136 @@
+"""`lgaf checkpoint`: list a run's checkpoints, verify them, remove old ones, take the network out of one."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.checkpoint import directory as files
+
+app = typer.Typer(no_args_is_help=True, help="List, verify, prune and extract the checkpoints of a run.")
+
+_RUN = typer.Argument(metavar="RUN", help="run directory", show_default=False)
+_EITHER = typer.Argument(metavar="RUN", help="a checkpoint's folder, or a run directory", show_default=False)
+
+
+@app.command("ls")
+def list_checkpoints(run: Annotated[Path, _RUN]) -> None:
+    """Show step, time, size and state of every checkpoint. Looks at sizes only: `verify` reads every byte."""
+    typer.echo(f"{'step':>10}  {'written':19}  {'MiB':>9}  state")
+    for checkpoint in _all_of(run):
+        problem = files.wrong_size(checkpoint)
+        try:
+            written = _time(files.read_manifest(checkpoint).time_s)
+        except files.CheckpointError:
+            written = "unknown"
+        size_mib = sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**20
+        state = "complete" if problem is None else f"damaged: {problem}"
+        typer.echo(f"{files.step_of(checkpoint):10}  {written:19}  {size_mib:9.1f}  {state}")
+
+
+@app.command()
+def show(checkpoint: Annotated[Path, _EITHER]) -> None:
+    """Show what a checkpoint (or a run's newest) says of itself: step, dataset, files, configuration."""
+    chosen = _chosen(checkpoint)[-1]
+    manifest = files.read_manifest(chosen)
+    header = manifest.header
+    typer.echo(f"{chosen}: step {header.step}, written {_time(manifest.time_s)}")
+    typer.echo(f"dataset   {_pairs(header.dataset)}")
+    typer.echo(f"versions  {_pairs(header.versions)}")
+    for name, entry in manifest.files.items():
+        typer.echo(f"file      {name}: {entry.size} bytes, CRC-32 {entry.crc32}")
+    typer.echo(f"configuration\n{json.dumps(header.config, indent=2)}")
+
+
+@app.command()
+def verify(checkpoint: Annotated[Path, _EITHER]) -> None:
+    """Read every byte of a checkpoint, or of all of a run; exit code 1 if one is damaged."""
+    is_damaged = False
+    for one in _chosen(checkpoint):
+        problem = files.damage(one)
+        is_damaged |= problem is not None
+        typer.echo(f"{one.name}: {'whole' if problem is None else f'damaged: {problem}'}")
+    if is_damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
+    """Rewrite a checkpoint, or all of a run, that an older lgaf wrote with torch's pickled metadata."""
+    from trainer.checkpoint import convert as checkpoint_convert
+
+    for one in _chosen(checkpoint):
+        is_old = files.read_manifest(one).format != files.FORMAT
+        if is_old:
+            checkpoint_convert.convert(one)
+        typer.echo(f"{one.name}: {'rewritten' if is_old else 'is of the present format'}")
+
+
+@app.command()
+def prune(
+    run: Annotated[Path, _RUN],
+    keep: Annotated[int, typer.Option(min=1, help="number of newest whole checkpoints to keep")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+) -> None:
+    """Remove all but the newest whole checkpoints, after reading these. What the run keeps for ever stays."""
+    found = _all_of(run)
+    every_steps = next(map(_kept_every_steps, filter(_has_manifest, reversed(found))), None)
+    for checkpoint in files.superfluous(run, keep=keep, every_steps=every_steps, look=files.damage):
+        if not dry_run:
+            files.remove(checkpoint)
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
+
+
+@app.command()
+def extract(
+    checkpoint: Annotated[Path, _EITHER],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="file to write", show_default=False)],
+) -> None:
+    """Write the network of a checkpoint (or of a run's newest whole one) to one file, without the classifier.
+
+    torch.load(FILE, weights_only=True) gives a dictionary: `backbone`, its
+    configuration; `image_size`; `step`; `state`, for load_state_dict.
+    trainer.inference.network.load_backbone(FILE) builds the network from it.
+    """
+    from trainer.inference import network as extraction
+
+    extraction.write_pt(extraction.network_alone(checkpoint), out)
+
+
+def _all_of(run: Path) -> list[Path]:
+    found = files.all_of(run)
+    if not found:
+        raise files.CheckpointError(
+            f"{run}: expected a run directory with checkpoints in {files.folder_of(run)}, found none"
+        )
+    return found
+
+
+def _chosen(path: Path) -> list[Path]:
+    return [path] if files.is_checkpoint(path) else _all_of(path)
+
+
+def _has_manifest(checkpoint: Path) -> bool:
+    try:
+        files.read_manifest(checkpoint)
+    except files.CheckpointError:
+        return False
+    return True
+
+
+def _kept_every_steps(checkpoint: Path) -> int | None:
+    config = files.read_manifest(checkpoint).header.config
+    every_steps: int | None = config.get("checkpoint", {}).get("keep_every_steps")
+    return every_steps
+
+
+def _time(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s).isoformat(" ", "seconds")
+
+
+def _pairs(values: dict[str, int] | dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())

@@ -1,0 +1,75 @@
+"""Verification files (`lfw.bin`, ...) as a protocol: their pictures, judged pair by pair in ten folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from data_pipeline.formats.pair_file import PairSet, read_pairs
+from trainer.evaluation.metrics.curves import histogram, rejection
+from trainer.evaluation.metrics.verification import VerificationResult, verify
+from trainer.evaluation.protocol import Face, Protocol, Scores, check_embeddings
+
+TASK = "verification"
+_CONVENTION = (
+    "cosine of embeddings, flip test by addition; ten folds in the order of the file, each judged by the "
+    "threshold that is best on the other nine"
+)
+_FMR = 1e-3
+
+
+class _FacesInside(Sequence[Face]):
+    """The pictures of a verification file, named by their numbers."""
+
+    def __init__(self, path: Path, images: list[bytes]) -> None:
+        self._path, self._images = path, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @overload
+    def __getitem__(self, index: int) -> Face: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Face]: ...
+    def __getitem__(self, index: int | slice) -> Face | Sequence[Face]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Face(self._path / f"image {index}", None, self._images[index])
+
+
+class PairVerification(Protocol):
+    """The pairs of one verification file. Raises VerificationFileError if it is not one."""
+
+    def __init__(self, path: Path) -> None:
+        self.pairs: PairSet = read_pairs(path)
+        self.faces = _FacesInside(path, self.pairs.images)
+
+    def judge(self, emb_ND: np.ndarray) -> VerificationResult:
+        """Every pair judged. Raises ValueError if there are too few for ten folds, or as `score` does."""
+        check_embeddings(emb_ND, self.faces)
+        return verify(emb_ND, self.pairs.issame_P)
+
+    def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
+        """One task, "verification"."""
+        result = self.judge(emb_ND)
+        norm_P2 = np.linalg.norm(emb_ND, axis=1).reshape(-1, 2)
+        quality_G = norm_P2.min(axis=1)[result.issame_P]
+        return {
+            TASK: replace(
+                scores_of(result), rejection=rejection(result.genuine, quality_G, result.impostor, _FMR)
+            )
+        }
+
+
+def scores_of(result: VerificationResult) -> Scores:
+    """A result as other protocols have theirs."""
+    return Scores(
+        result.summary(),
+        _CONVENTION,
+        roc=(result.far_R, result.tar_R),
+        histogram=histogram(result.genuine, result.impostor),
+    )

@@ -1,0 +1,124 @@
+"""Embeddings of any list of faces, by all ranks together, in the order of the list.
+
+    each rank   takes an equal, contiguous part; threads read and align its pictures a few batches ahead
+    network     embeds a batch as it is and mirrored; both embeddings are added (flip test)
+    gather      now and then, what every rank has goes to rank 0, into one array; here the ranks also agree
+                whether one of them was told to stop
+
+No rank ever holds more pictures than a few batches, and only rank 0 holds embeddings, in a temporary file
+once they are many. The result does not depend on the number of ranks.
+
+Shapes: N faces, D dimensions, B images of a batch.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader import default_threads
+from trainer.evaluation.protocol import Face
+from trainer.inference.alignment import aligned
+from trainer.inference.images import ahead, open_picture, resized, to_network
+from trainer.runtime.ranks import Ranks
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+# Batches from one gather to the next: a second or so of a GPU, and megabytes of embeddings.
+_GATHER_EVERY = 8
+# Larger arrays are kept in a file, which the system may take out of memory.
+_MOST_IN_MEMORY = 1 << 28
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A rank was told to stop by signal `number`; raised on all ranks alike."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A network on all ranks, ready to embed faces.
+
+    `network` maps images_BCHW on the ranks' device to float32 [B, D]. `signal` is the number of the signal
+    that told this rank to stop, 0 as long as none has. `progress` is told now and then how many faces of how
+    many are done.
+    """
+
+    network: Network
+    image_size: int
+    batch_size: int
+    ranks: Ranks
+    signal: Callable[[], int] = lambda: 0
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    def embed(self, faces: Sequence[Face]) -> np.ndarray | None:
+        """Embeddings float32 [N, D] of one face or more, not normalised, on rank 0; None on the others.
+
+        All ranks call it together, and their networks equally often. Raises DecodeError on a rank that finds
+        a picture that cannot be read, ValueError for points that no face has, and Interrupted on all ranks.
+        """
+        # Equal parts; the last rank may embed the last face more than once, which is cut off again.
+        part = -(-len(faces) // self.ranks.world_size)
+        start = part * self.ranks.rank
+        mine = (faces[min(i, len(faces) - 1)] for i in range(start, start + part))
+        embedded = self._embedded(mine)
+        emb_ND, done = None, 0
+        while batches := list(islice(embedded, _GATHER_EVERY)):
+            emb_BD = torch.cat(batches).cpu()
+            gathered = self._gather(emb_BD)
+            for rank, rows in enumerate(gathered):
+                if emb_ND is None:
+                    emb_ND = _array(len(faces), emb_BD.shape[1])
+                first = part * rank + done
+                emb_ND[first : first + len(rows)] = rows[: max(0, len(faces) - first)].numpy()
+            done += len(emb_BD)
+            self.progress(min(done * self.ranks.world_size, len(faces)), len(faces))
+        return emb_ND
+
+    def _embedded(self, faces: Iterator[Face]) -> Iterator[torch.Tensor]:
+        threads = default_threads(self.ranks.placement.local_world_size)
+        for pictures in ahead(self._pixels, faces, batch_size=self.batch_size, threads=threads):
+            images_BCHW = to_network(np.stack(pictures), self.ranks.device)
+            yield self.network(images_BCHW) + self.network(images_BCHW.flip(3))
+
+    def _pixels(self, face: Face) -> np.ndarray:
+        """The face uint8 [H, W, 3], cropped by its five points or, without them, as it is."""
+        image = open_picture(face.path, face.encoded)
+        if face.landmark_52 is None:
+            return np.asarray(resized(image, self.image_size))
+        return np.asarray(aligned(image, face.landmark_52, self.image_size, str(face.path)))
+
+    def _gather(self, emb_BD: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's rows, on rank 0. By host memory: there a rank that fails wakes the others."""
+        signal = torch.tensor(self.signal())
+        dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self.ranks.group)
+        if signal:
+            raise Interrupted(int(signal))
+        all_ranks = range(self.ranks.world_size)
+        gathered = [torch.empty_like(emb_BD) for _ in all_ranks] if self.ranks.is_first else []
+        dist.gather(emb_BD, gathered or None, group=self.ranks.group, group_dst=0)
+        return gathered
+
+
+def _array(rows: int, columns: int) -> np.ndarray:
+    if 4 * rows * columns <= _MOST_IN_MEMORY:
+        return np.empty((rows, columns), np.float32)
+    file = tempfile.TemporaryFile()  # without a name, so that it goes with the array
+    try:
+        # Room is taken now: writing to a map of a file that finds none ends the process without a word.
+        os.posix_fallocate(file.fileno(), 0, 4 * rows * columns)
+    except OSError as error:
+        raise OSError(
+            f"{tempfile.gettempdir()}: expected room for {4e-9 * rows * columns:.1f} GB of embeddings, "
+            f"found too little ({error.strerror}); let TMPDIR name a folder on a larger disk"
+        ) from error
+    return np.memmap(file, np.float32, "r+", shape=(rows, columns))

@@ -1,0 +1,71 @@
+"""Pictures on their way to a trained network: read and decoded by threads while the network computes.
+
+    for faces in ahead(load, paths, batch_size=64, threads=8):   # load(path) -> uint8 [H, W, 3]
+        features = network(to_network(np.stack(faces), device))
+
+By Pillow, so that they are the same pixels whatever device the network is on. Training decodes with DALI.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from data_pipeline.common.pillow_decode import DecodeError, decoded
+
+T = TypeVar("T")
+R = TypeVar("R")
+# Enough that the threads always have work, and few enough that pictures take no memory to speak of.
+_BATCHES_AHEAD = 2
+
+
+def open_picture(path: Path, encoded: bytes | None = None) -> Image.Image:
+    """The picture in a file, or in the bytes `encoded` that `path` is the name of: RGB, upright as EXIF says.
+
+    Raises DecodeError, naming the path, if there is none that can be decoded.
+    """
+    if encoded is None:
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise DecodeError(str(path), error.strerror or str(error)) from error
+    # DALI, which training decodes with, turns pictures too, and so does OpenCV, with which points were found.
+    return ImageOps.exif_transpose(decoded(np.frombuffer(encoded, np.uint8), str(path))).convert("RGB")
+
+
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """The picture as a square of `size` pixels, as training resizes: bilinear, antialiased when shrunk."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def to_network(images_BHWC: np.ndarray, device: torch.device) -> torch.Tensor:
+    """What networks take, float32 [B, 3, H, W] in [-1, 1], of pictures uint8 [B, H, W, 3] in RGB."""
+    images = torch.from_numpy(images_BHWC).to(device).permute(0, 3, 1, 2)
+    return images.float().sub_(127.5).div_(127.5).contiguous()
+
+
+def ahead(load: Callable[[T], R], items: Iterable[T], *, batch_size: int, threads: int) -> Iterator[list[R]]:
+    """`load` of all items in order, `batch_size` at a time (the last batch may be smaller).
+
+    Threads keep two batches ready. What `load` raises comes out when its batch is asked for, and ends it.
+    """
+    remaining = iter(items)
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[list[Future[R]]] = deque()
+    try:
+        while batch := list(islice(remaining, batch_size)):
+            waiting.append([pool.submit(load, item) for item in batch])
+            if len(waiting) > _BATCHES_AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,108 @@
+"""Network and head of a run: new, with the weights of a file, or as the newest checkpoint has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from data_pipeline.source import Source
+from partial_fc.head import PartialFC
+from trainer import backbones
+from trainer.backbones import weights
+from trainer.checkpoint import directory as checkpoint_files
+from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint.directory import Header
+from trainer.config import RunConfig, differences
+from trainer.engine import Engine
+from trainer.runtime.ranks import Ranks
+
+
+class Trained(NamedTuple):
+    """Network and head; all ranks use them together."""
+
+    engine: Engine
+    head: PartialFC
+
+    def state(self) -> checkpoint.State:
+        """All that is to be saved, on the live memory."""
+        return {**self.engine.state(), "head": self.head.logical_state()}
+
+    def restore(self, folder: Path, ranks: Ranks) -> Header:
+        """Bring both to where a checkpoint has them. Raises CheckpointError."""
+        state = self.state()
+        checkpoint.load(folder, state, group=ranks.group)
+        self.engine.load_state(state)
+        return checkpoint_files.read_manifest(folder).header
+
+
+def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[Trained, Header | None]:
+    """Network and head as the run was last saved, with the header that was saved; or new, with None.
+
+    Raises ValueError if the run directory holds another run, or the file of weights does not fit, and
+    CheckpointError, which is one, if there are checkpoints but none can be read.
+    """
+    torch.manual_seed(config.seed)
+    model = backbones.build(config.backbone, config.data.image_size).to(ranks.device)
+    head = PartialFC(
+        config.head,
+        num_classes=source.num_classes,
+        embedding_size=model.embedding_size,
+        seed=config.seed,
+        group=ranks.group,
+        device=ranks.device,
+    )
+    latest = agreed_checkpoint(config, ranks)
+    if latest is not None:
+        _refuse_changes(config, source, checkpoint_files.read_manifest(latest).header)
+    elif config.backbone.weights is not None:
+        _load_weights(model, config.backbone.weights, ranks)
+    engine = Engine(
+        model,
+        config.engine,
+        config.optimizer,
+        micro_batch=micro,
+        group=ranks.group,
+        device=ranks.device,
+    )
+    trained = Trained(engine, head)
+    return trained, None if latest is None else trained.restore(latest, ranks)
+
+
+def agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
+    """The newest whole checkpoint, None if there is none; what killed saves have left goes."""
+    if ranks.is_first:
+        checkpoint_files.clean(config.run_dir)
+    return checkpoint.newest(config.run_dir, group=ranks.group)
+
+
+def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
+    """Begin with the weights in `file`. Raises ValueError if it does not fit or ranks see different ones."""
+    sums = [0] * ranks.world_size
+    dist.all_gather_object(sums, weights.load(model, file), group=ranks.group)
+    if len(set(sums)) > 1:
+        other = next(rank for rank, crc32 in enumerate(sums) if crc32 != sums[0])
+        raise ValueError(
+            f"backbone.weights = {file}: expected the same file on all ranks, found that those of ranks 0 "
+            f"and {other} differ; copy one to all nodes, or share it"
+        )
+
+
+def _refuse_changes(config: RunConfig, source: Source, header: Header) -> None:
+    try:
+        # Keys that are newer than the checkpoint had their defaults then.
+        before = RunConfig.model_validate(header.config).model_dump(mode="json")
+    except ValidationError:
+        before = header.config
+    changed = differences(
+        {**before, "dataset": header.dataset},
+        {**config.model_dump(mode="json"), "dataset": source.identity},
+    )
+    if changed:
+        raise ValueError(
+            f"{config.run_dir} holds a run of another configuration, at step {header.step}; "
+            f"changed keys: {'; '.join(changed)}; change them back, or set another run_dir"
+        )
