@@ -7,8 +7,8 @@ own. The sides take turns for `--rounds` rounds, each writing into a new folder 
 nothing left to write; times are medians over the rounds.
 
     raw           the same bytes from the same memory into one file, then fsync: a plain copy
-    raw, brisk    the same through trainer/checkpoint/checksummed_file.py's BriskFile, as checkpoints are
-                  written
+    raw, brisk    the same through trainer/checkpoint/checksummed_file.py's WriteThroughFile, as checkpoints
+                  are written
     insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank,
                   state dicts of the partial fc, the backbone and the optimizer; no fsync, as there; no sums,
                   and a kill while it writes leaves a broken file under the final name
@@ -45,7 +45,7 @@ from trainer import backbones
 from trainer.backbones import BackboneConfig
 from trainer.checkpoint import sharded as checkpoint
 from trainer.checkpoint.async_saver import Saver
-from trainer.checkpoint.checksummed_file import BriskFile
+from trainer.checkpoint.checksummed_file import WriteThroughFile
 from trainer.checkpoint.directory import Header
 from trainer.checkpoint.sharded import State
 from trainer.config import CheckpointConfig
@@ -92,7 +92,7 @@ def save_raw(folder: Path, state: State, *, is_brisk: bool = False) -> float:
     """Returns the seconds for which the caller was held up, as all of these do."""
     started = time.perf_counter()
     with open(folder / "raw", "wb") as raw:
-        file = BriskFile(raw) if is_brisk else raw
+        file = WriteThroughFile(raw) if is_brisk else raw
         for tensors in local(state).values():
             for tensor in tensors.values():
                 whole = memoryview(tensor.contiguous().view(-1).numpy()).cast("B")

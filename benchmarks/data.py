@@ -43,10 +43,11 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.formats import recordio
 from data_pipeline.indexed.catalog import open_catalog
-from data_pipeline.loader import Loader, Share
+from data_pipeline.indexed.loader import Loader
 from data_pipeline.quarantine import Quarantine
 from trainer import backbones
 from trainer.backbones import BackboneConfig
@@ -131,7 +132,7 @@ def ours(case: Case, copies: int = 1, augment: dict[str, Any] | None = None) -> 
     loader = Loader(
         config,
         open_catalog(config.path),
-        Share(0, 1, case.batch, case.batch),
+        RankSlice(0, 1, case.batch, case.batch),
         seed=1,
         first_step=0,
         ranks_on_node=1,

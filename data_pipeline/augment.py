@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import philox as counter
+from data_pipeline import philox
 from data_pipeline.config import (
     AugmentConfig,
     BlurConfig,
@@ -54,7 +54,7 @@ class Augmentation(NamedTuple):
 
 def of_samples(config: AugmentConfig, seed: int, sample_B: np.ndarray) -> Augmentation:
     """The augmentation of the samples at positions `sample_B` (int64) of the run's sequence."""
-    flip_B = counter.uniform(seed, sample_B, _STREAM)[0]
+    flip_B = philox.uniform(seed, sample_B, _STREAM)[0]
     changes = {}
     for number, (name, draw) in enumerate(_DRAWS.items()):
         change = getattr(config, name)
@@ -72,7 +72,7 @@ def none(count: int) -> Augmentation:
 def _numbers(seed: int, sample_B: np.ndarray, change: int) -> _Numbers:
     """As many random float64 [B] in [0, 1) as one change of an image asks for."""
     for part in itertools.count():
-        yield from counter.uniform(seed, sample_B, _STREAM << 32 | change << 8 | part)
+        yield from philox.uniform(seed, sample_B, _STREAM << 32 | change << 8 | part)
 
 
 def _occlusion(config: OcclusionConfig, numbers: _Numbers) -> Parameters:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline import philox as counter
+from data_pipeline import philox
 
 _ROUNDS = 6
 _RECORDS, _BLOCKS, _WINDOWS, _CUTS = 1, 3, 4, 5
@@ -60,7 +60,7 @@ def _in_blocks(
     block_N, at_N = np.divmod(place_N, blocks.size)
     is_whole_N = block_N < whole
     block_N[is_whole_N] = _permuted(seed, _BLOCKS, epoch_N[is_whole_N], block_N[is_whole_N], whole, whole)
-    cut_N = counter.words(seed, epoch_N, _CUTS << 32)[0] % np.uint32(blocks.size)
+    cut_N = philox.words(seed, epoch_N, _CUTS << 32)[0] % np.uint32(blocks.size)
     return (block_N * blocks.size + at_N + cut_N.astype(np.int64)) % records
 
 
@@ -85,6 +85,6 @@ def _feistel(seed: int, stream: int, key_N: np.ndarray, value_N: np.ndarray, hal
     mask = np.uint64((1 << half_bits) - 1)
     left_N, right_N = value_N >> np.uint64(half_bits), value_N & mask
     for round_number in range(_ROUNDS):
-        mixed_N = counter.words(seed, right_N | key_N << np.uint64(32), stream << 32 | round_number)[0]
+        mixed_N = philox.words(seed, right_N | key_N << np.uint64(32), stream << 32 | round_number)[0]
         left_N, right_N = right_N, left_N ^ (mixed_N.astype(np.uint64) & mask)
     return left_N << np.uint64(half_bits) | right_N

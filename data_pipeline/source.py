@@ -14,19 +14,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data_pipeline.batch import RankSlice
 from data_pipeline.config import DataConfig
-from data_pipeline.formats.recordio import RecordError
+from data_pipeline.formats.container import RecordError
 from data_pipeline.indexed.catalog import open_catalog
-from data_pipeline.loader import Loader, Share
+from data_pipeline.indexed.loader import Loader
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.streaming.loader import RemoteLoader
 from data_pipeline.streaming.samples import first_cursor, shard_urls
 
 
-class Place(NamedTuple):
+class LoaderContext(NamedTuple):
     """Where a loader runs and begins; `cursor` [ranks, 2] is that of a checkpoint, None without one."""
 
-    share: Share
+    rank_slice: RankSlice
     seed: int
     first_step: int
     cursor: list[list[int]] | None
@@ -42,7 +43,10 @@ class Source(Protocol):
     identity: dict[str, int]
 
     def loader(
-        self, place: Place, quarantine: Quarantine, gather_labels: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        context: LoaderContext,
+        quarantine: Quarantine,
+        gather_labels: Callable[[torch.Tensor], torch.Tensor],
     ) -> Loader | RemoteLoader: ...
 
     def faces(self, count: int) -> list[tuple[bytes, str]]:
@@ -66,16 +70,19 @@ class CatalogSource:
         self.identity = self._catalog.identity
 
     def loader(
-        self, place: Place, quarantine: Quarantine, gather_labels: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        context: LoaderContext,
+        quarantine: Quarantine,
+        gather_labels: Callable[[torch.Tensor], torch.Tensor],
     ) -> Loader:
         return Loader(
             self._config,
             self._catalog,
-            place.share,
-            seed=place.seed,
-            first_step=place.first_step,
-            ranks_on_node=place.ranks_on_node,
-            device_id=place.device_id,
+            context.rank_slice,
+            seed=context.seed,
+            first_step=context.first_step,
+            ranks_on_node=context.ranks_on_node,
+            device_id=context.device_id,
             quarantine=quarantine,
         )
 
@@ -111,19 +118,22 @@ class RemoteSource:
         }
 
     def loader(
-        self, place: Place, quarantine: Quarantine, gather_labels: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        context: LoaderContext,
+        quarantine: Quarantine,
+        gather_labels: Callable[[torch.Tensor], torch.Tensor],
     ) -> RemoteLoader:
-        new = first_cursor(place.share.world_size)
-        cursor_W2 = new if place.cursor is None else np.array(place.cursor, np.int64)
+        new = first_cursor(context.rank_slice.world_size)
+        cursor_W2 = new if context.cursor is None else np.array(context.cursor, np.int64)
         return RemoteLoader(
             self._config,
             self._urls,
             self.num_classes,
-            place.share,
-            seed=place.seed,
+            context.rank_slice,
+            seed=context.seed,
             cursor_W2=cursor_W2,
-            ranks_on_node=place.ranks_on_node,
-            device_id=place.device_id,
+            ranks_on_node=context.ranks_on_node,
+            device_id=context.device_id,
             quarantine=quarantine,
             gather_labels=gather_labels,
         )

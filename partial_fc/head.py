@@ -148,7 +148,7 @@ class PartialFC:
         emb_GD = emb_GD.to(self.weight_RD.dtype).masked_fill(~is_counted_G[:, None], 0)
         position_G = self._sample.position_of(self._row_of(label_G))
         norm_G, cos_G = torch.linalg.vector_norm(emb_GD, dim=1), None
-        if self._margin.bends_others:
+        if self._margin.modifies_negatives:
             cos_G = collectives.reduce_targets(self._target_cosines(emb_GD, position_G), self._group)
         local = self._softmax.local_softmax(self.weight_RD, self._sample, emb_GD, position_G, cos_G)
         others_lse_G, target_G = collectives.reduce_softmax(
@@ -273,7 +273,7 @@ def _obstacle_to_kernels(config: HeadConfig, chosen: Margin, weight_RD: Tensor) 
         return f"rows of torch.float32, found {weight_RD.dtype}"
     if config.matrix_inputs == "fp32":
         return "matrix_inputs = bf16 or tf32, found fp32"
-    if chosen.bends_others:
+    if chosen.modifies_negatives:
         return f"a margin that leaves other classes as they are, found {config.margin.kind}"
     if config.scale > FLOAT32_MAX_SCALE:
         return f"scale <= {FLOAT32_MAX_SCALE:g}, where exp(logit) fits float32, found {config.scale:g}"

@@ -246,7 +246,7 @@ class Kernels:
         matrix_inputs: Inputs,
         deterministic: bool,
     ) -> None:
-        assert not margin.bends_others
+        assert not margin.modifies_negatives
         assert scale <= FLOAT32_MAX_SCALE
         assert matrix_inputs != "fp32"
         self._margin = margin

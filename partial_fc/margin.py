@@ -27,7 +27,7 @@ class Target(NamedTuple):
     """The target's logit over scale and its derivatives; None where the norm does not take part."""
 
     logit_G: Tensor
-    by_cos_G: Tensor
+    dlogit_dcos_G: Tensor
     by_norm_G: Tensor | None = None
 
 
@@ -37,7 +37,7 @@ class Margin:
     Cosines may leave [-1, 1] by rounding. `state` holds running statistics, scalars, by name.
     """
 
-    bends_others = False
+    modifies_negatives = False
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -48,7 +48,7 @@ class Margin:
     def others(self, cos_GT: Tensor, target_logit_G: Tensor) -> tuple[Tensor, Tensor]:
         """Logits over scale of classes that are not the target, and their derivatives by the cosine.
 
-        Asked only if `bends_others`.
+        Asked only if `modifies_negatives`.
         """
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class Margin:
     def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
         """Take the rows of a whole step into the running statistics.
 
-        Target cosines are 0 unless `bends_others`: without need no rank is told those of the others.
+        Target cosines are 0 unless `modifies_negatives`: without need no rank is told those of the others.
         """
 
 
@@ -75,7 +75,7 @@ class Combined(Margin):
 
     def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
         moved = _moved(cos_G, self.m1, self.m2)
-        return Target(moved.cos_G - self.m3, moved.by_cos_G)
+        return Target(moved.cos_G - self.m3, moved.dlogit_dcos_G)
 
 
 class ArcFaceStraightThrough(Combined):
@@ -121,7 +121,7 @@ class AdaFace(Margin):
         quality_G = (norm_G.detach().clamp(*self.NORMS) - mean) / (std + self.SMALL)
         quality_G = (quality_G * self.h).clamp(-1, 1).to(cos_G.dtype)
         moved = _moved(cos_G, 1, -self.m * quality_G)
-        return Target(moved.cos_G - self.m * (1 + quality_G), moved.by_cos_G)
+        return Target(moved.cos_G - self.m * (1 + quality_G), moved.dlogit_dcos_G)
 
     def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
         norm_G = norm_G.double().clamp(*self.NORMS)
@@ -150,7 +150,9 @@ class MagFace(Margin):
 
     def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
         moved = _moved(cos_G, 1, self.m_low + self.rise * (norm_G.clamp(self.low, self.high) - self.low))
-        return Target(moved.cos_G, moved.by_cos_G, moved.by_shift_G * self.rise * self._is_inside(norm_G))
+        return Target(
+            moved.cos_G, moved.dlogit_dcos_G, moved.by_shift_G * self.rise * self._is_inside(norm_G)
+        )
 
     def penalty(self, norm_G: Tensor) -> tuple[Tensor, Tensor]:
         inside_G = norm_G.clamp(self.low, self.high)
@@ -168,7 +170,7 @@ class CurricularFace(Combined):
     Source: Huang et al., "CurricularFace", CVPR 2020, eqs. 4 to 7.
     """
 
-    bends_others = True
+    modifies_negatives = True
 
     def __init__(self, m: float, momentum: float, device: torch.device | str) -> None:
         super().__init__(1, m, 0)
@@ -189,7 +191,7 @@ class CurricularFace(Combined):
 
 class _Moved(NamedTuple):
     cos_G: Tensor
-    by_cos_G: Tensor
+    dlogit_dcos_G: Tensor
     by_shift_G: Tensor
 
 

@@ -20,7 +20,7 @@ class Targets:
     """One batch against its targets; what is on another rank counts 0."""
 
     logit_G: Tensor  # with margin and scale
-    by_cos_G: Tensor  # derivative of the logit over scale
+    dlogit_dcos_G: Tensor  # derivative of the logit over scale
     by_norm_G: Tensor  # derivative, by the embedding's norm, of the logit
     by_norm_penalty_G: Tensor  # and of the penalty
     class_unit_GD: Tensor
@@ -44,7 +44,7 @@ class Targets:
         is_here_G = label_G >= 0
         return cls(
             logit_G=(target.logit_G * scale).where(is_here_G, 0),
-            by_cos_G=target.by_cos_G.where(is_here_G, 0),
+            dlogit_dcos_G=target.dlogit_dcos_G.where(is_here_G, 0),
             by_norm_G=by_norm_G.where(is_here_G, 0),
             by_norm_penalty_G=by_norm_penalty_G.where(is_here_G, 0),
             class_unit_GD=class_unit_GD,
@@ -55,7 +55,7 @@ class Targets:
 
     def residual(self, lse_G: Tensor) -> Tensor:
         """Gradient of the loss by the target's cosine, over scale: (p - 1) times the margin's slope."""
-        return self._pull(lse_G) * self.by_cos_G
+        return self._pull(lse_G) * self.dlogit_dcos_G
 
     def embedding_gradient(self, pull_GD: Tensor, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
         """Gradient [G, D] of sum_i row_weight_i loss_i by the embeddings, this rank's part.

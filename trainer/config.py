@@ -234,6 +234,17 @@ def files_by_name(files: Sequence[Path]) -> dict[str, Path]:
     return named
 
 
+def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, power: float) -> float:
+    """Rises linearly to `peak` over the first `warmup_steps`, then falls as (share of steps left) ** power.
+
+    Step 0 is the first; the last of `steps` still has a rate above 0.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    left = (steps - step) / max(1, steps - warmup_steps)
+    return peak * max(0.0, left) ** power
+
+
 def micro_batch(config: RunConfig, world_size: int) -> int:
     """The largest micro-batch within the configured one that divides a rank's part of the global batch.
 

@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import Batch, Loader, Share
+from data_pipeline.batch import Batch, RankSlice
+from data_pipeline.indexed.loader import Loader
 from data_pipeline.quarantine import Quarantine
-from data_pipeline.source import Place, Source, open_source
+from data_pipeline.source import LoaderContext, Source, open_source
 from data_pipeline.streaming.loader import RemoteLoader
 from trainer.checkpoint import directory as checkpoint_files
 from trainer.checkpoint import sharded as checkpoint
 from trainer.checkpoint.async_saver import Saver
-from trainer.config import RunConfig, micro_batch
+from trainer.config import RunConfig, learning_rate, micro_batch
 from trainer.evaluation.during_training import Evaluation
 from trainer.inference.embedder import Embedder, Interrupted
 from trainer.monitoring.console import Display, Reading
@@ -39,9 +40,8 @@ from trainer.report.summary import conclude
 from trainer.report.tables import shown, title
 from trainer.runtime.ranks import Ranks
 from trainer.runtime.signals import EXIT_CODE, StopRequest, name_of
-from trainer.schedule import learning_rate
 from trainer.step import Outcome, seed_dropout, train_step
-from trainer.train_state import Trained, agreed_checkpoint, begin
+from trainer.train_state import TrainState, agreed_checkpoint, begin
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _FIGURES_SHOWN = 3
@@ -56,7 +56,7 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     """
     ranks.pulse.limit(config.watchdog.timeout_s)
     micro = micro_batch(config, ranks.world_size)
-    share = Share(ranks.rank, ranks.world_size, config.global_batch, micro)
+    rank_slice = RankSlice(ranks.rank, ranks.world_size, config.global_batch, micro)
     source = open_source(config.data)
     evaluation = Evaluation(config.verification_files(), config.evaluation.suite)
     if ranks.is_first:
@@ -67,7 +67,7 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     steps = config.total_steps(source.images)
     with Display(steps, first_step, enabled=ranks.is_first) as display:
         training = _Training(
-            config, ranks, stop, share, source, evaluation, trained, records, display, steps, cursor
+            config, ranks, stop, rank_slice, source, evaluation, trained, records, display, steps, cursor
         )
         stopped_by = training.execute(first_step)
     if not stopped_by and ranks.is_first:
@@ -95,16 +95,16 @@ class _Training:
         config: RunConfig,
         ranks: Ranks,
         stop: StopRequest,
-        share: Share,
+        rank_slice: RankSlice,
         source: Source,
         evaluation: Evaluation,
-        trained: Trained,
+        trained: TrainState,
         records: Records | None,
         display: Display,
         steps: int,
         cursor: list[list[int]] | None,
     ) -> None:
-        self.config, self.ranks, self.share, self.source = config, ranks, share, source
+        self.config, self.ranks, self.rank_slice, self.source = config, ranks, rank_slice, source
         self.trained, self.records, self.display, self.steps = trained, records, display, steps
         self.evaluation, self.stop, self.metrics = evaluation, stop, Metrics()
         self.quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
@@ -127,7 +127,7 @@ class _Training:
         self.display.say(
             f"{self.source.images or 'streamed'} images of {self.source.num_classes} identities; "
             f"{self.ranks.world_size} ranks on {self.ranks.device.type}, "
-            f"{self.share.accumulation} x {self.share.micro_batch} images each; "
+            f"{self.rank_slice.accumulation} x {self.rank_slice.micro_batch} images each; "
             f"steps {first_step} to {self.steps}"
         )
         self.stop.keep_deadline(
@@ -243,20 +243,20 @@ class _Training:
     def _step(self, step: int, loader: Loader | RemoteLoader, pace: Pace, *, is_slow: bool) -> Outcome:
         rate = self._rate(step)
         seed_dropout(self.config.seed, step, self.ranks.rank)
-        batches = pace.waiting_for(islice(loader, self.share.accumulation))
+        batches = pace.waiting_for(islice(loader, self.rank_slice.accumulation))
         outcome = train_step(
             self.trained.engine,
             self.trained.head,
             self._noted(step, batches, is_slow),
             step=step,
             label_N=loader.labels_of_step(step) if self.config.head.sample_rate < 1 else None,
-            accumulation=self.share.accumulation,
+            accumulation=self.rank_slice.accumulation,
             learning_rate=rate,
             signal=self.stop.signal,
             group=self.ranks.group,
         )
         step_s = pace.step_done(step + 1, outcome.loss, rate)
-        self.metrics.step_done(step + 1, self.share.global_batch, rate, step_s)
+        self.metrics.step_done(step + 1, self.rank_slice.global_batch, rate, step_s)
         self.display.advance(step + 1)
         if outcome.is_skipped:
             self.skips_in_a_row += 1
@@ -288,15 +288,15 @@ class _Training:
             yield batch
 
     def _loader(self, first_step: int) -> Loader | RemoteLoader:
-        place = Place(
-            self.share,
+        context = LoaderContext(
+            self.rank_slice,
             self.config.seed,
             first_step,
             self.cursor,
             self.ranks.placement.local_world_size,
             self.ranks.device_id,
         )
-        return self.source.loader(place, self.quarantine, self._gathered)
+        return self.source.loader(context, self.quarantine, self._gathered)
 
     def _gathered(self, number_N: torch.Tensor) -> torch.Tensor:
         """The numbers of all ranks, which have equally many each: rank 0's first."""
@@ -308,13 +308,13 @@ class _Training:
     def _look(self, pace: Pace) -> None:
         """Fetch the losses since the last look, which waits for the device, and tell everybody."""
         span = pace.take()
-        samples_per_s = self.share.global_batch / span.step_s
+        samples_per_s = self.rank_slice.global_batch / span.step_s
         for step, loss, rate in span.steps:
             if self.records is not None:
                 self.records.write(
                     "skipped" if step in self.skipped else "train",
                     step,
-                    samples=step * self.share.global_batch,
+                    samples=step * self.rank_slice.global_batch,
                     # JSON has no such numbers.
                     loss=loss if math.isfinite(loss) else None,
                     learning_rate=rate,

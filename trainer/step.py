@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline import philox as counter
-from data_pipeline.loader import Batch
+from data_pipeline import philox
+from data_pipeline.batch import Batch
 from partial_fc import collectives
 from partial_fc.head import LabelError, PartialFC
 from trainer.engine import Engine
@@ -105,5 +105,5 @@ def _judge(
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make the step's dropout masks a function of (seed, step, rank)."""
-    high, low, *_ = counter.words(seed, np.array([step]), _DROPOUT_STREAM << 32 | rank)[:, 0].tolist()
+    high, low, *_ = philox.words(seed, np.array([step]), _DROPOUT_STREAM << 32 | rank)[:, 0].tolist()
     torch.manual_seed(high << 32 | low)

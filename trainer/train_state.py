@@ -21,7 +21,7 @@ from trainer.engine import Engine
 from trainer.runtime.ranks import Ranks
 
 
-class Trained(NamedTuple):
+class TrainState(NamedTuple):
     """Network and head; all ranks use them together."""
 
     engine: Engine
@@ -39,7 +39,7 @@ class Trained(NamedTuple):
         return checkpoint_files.read_manifest(folder).header
 
 
-def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[Trained, Header | None]:
+def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[TrainState, Header | None]:
     """Network and head as the run was last saved, with the header that was saved; or new, with None.
 
     Raises ValueError if the run directory holds another run, or the file of weights does not fit, and
@@ -68,7 +68,7 @@ def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[
         group=ranks.group,
         device=ranks.device,
     )
-    trained = Trained(engine, head)
+    trained = TrainState(engine, head)
     return trained, None if latest is None else trained.restore(latest, ranks)
 
 

@@ -24,6 +24,10 @@ import numpy as np
 Progress = Callable[[int, int], None]
 
 
+class RecordError(ValueError):
+    """A record or an index that does not follow its format; names the file and the byte offset."""
+
+
 class DatasetError(ValueError):
     """The dataset as a whole cannot be trained on; names the file, what was expected and what to do."""
 

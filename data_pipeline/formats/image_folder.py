@@ -21,9 +21,9 @@ from data_pipeline.formats.container import (
     DatasetError,
     FileTable,
     Progress,
+    RecordError,
     Records,
 )
-from data_pipeline.formats.recordio import RecordError
 
 _OTHER_SUFFIXES = {".rec", ".idx", ".tar", ".bin", ".lst", ".tsv", ".csv", ".txt", ".json", ".npy", ".zip"}
 

@@ -23,6 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from data_pipeline.common import tables
+from data_pipeline.formats.container import RecordError
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -34,10 +35,6 @@ WHOLE, START, MIDDLE, END = range(4)
 
 # The largest integer below which every integer is exact in float32, the type of a stored label.
 FLOAT32_EXACT = 1 << 24
-
-
-class RecordError(ValueError):
-    """A record or an index that is not what the format says; names the file and the byte offset."""
 
 
 @dataclass(frozen=True)

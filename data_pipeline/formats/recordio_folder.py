@@ -25,6 +25,7 @@ from data_pipeline.formats.container import (
     DatasetError,
     FileTable,
     Progress,
+    RecordError,
     Records,
     table_of,
 )
@@ -78,7 +79,7 @@ def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
             return np.frombuffer(span, np.uint8, count, begin)
     image = recordio.unpack(recordio.join_frames(span, where, offset), where).image
     if not image:
-        raise recordio.RecordError(f"{where}: expected an image, found a record without one")
+        raise RecordError(f"{where}: expected an image, found a record without one")
     return np.frombuffer(image, np.uint8)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.formats import recordio
-from data_pipeline.formats.container import DatasetError, Progress
+from data_pipeline.formats.container import DatasetError, Progress, RecordError
 from data_pipeline.formats.recordio import (
     END,
     FRAME_HEADER,
@@ -212,7 +212,7 @@ def _read_slowly(path: Path, frames: _Frames, frame: int, has_image: np.ndarray,
         span = file.read(int(frames.end()[last]) - start)
     try:
         record = recordio.unpack(recordio.join_frames(span, str(path), start), str(path))
-    except recordio.RecordError:
+    except RecordError:
         damaged[frame] = True
         return
     frames.label[frame] = record.labels[0] if record.labels else 0.0

@@ -17,10 +17,10 @@ from data_pipeline.formats.container import (
     DatasetError,
     FileTable,
     Progress,
+    RecordError,
     Records,
     table_of,
 )
-from data_pipeline.formats.recordio import RecordError
 from data_pipeline.formats.tar_index import index_shard
 
 _LARGEST = np.iinfo(LENGTH).max

@@ -1,4 +1,4 @@
-"""WebDataset shards: uncompressed tar files whose images are read as byte ranges; reading and writing.
+"""WebDataset shards: uncompressed tar files whose images are read as byte ranges.
 
 A sample is a run of neighbouring members that share the name up to the first dot of the base name, its key:
 
@@ -15,17 +15,14 @@ descriptions.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
 import re
 import struct
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from zlib import adler32 as _adler
 
 import numpy as np
@@ -50,7 +47,7 @@ _BLANK = 8 * ord(" ")
 _POSIX = b"ustar\0"
 _FILES, _WITHOUT_DATA, _SPARSE = {b"0", b"\0", b"7"}, {b"1", b"2", b"3", b"4", b"5", b"6"}, b"S"
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL = b"L", b"K", b"x", b"g"
-_SAYS_MORE = {_LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL}
+_EXTENDED_HEADERS = {_LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL}
 _SPARSE_KEYS = {b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size", b"GNU.sparse.numblocks"}
 _PAX_KEYS = {b"path", b"size", *_SPARSE_KEYS}
 _META = re.compile(rb"__[^/]*__($|/)")
@@ -58,7 +55,7 @@ _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
 # Names and labels are short; what a damaged file says of their length is not to be believed.
 _LONGEST_HEADER = 1 << 20
 _LONGEST_LABEL = {"cls": 64, "json": 1 << 20}
-_LARGEST_LABEL = (1 << 63) - 1
+LARGEST_LABEL = (1 << 63) - 1
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -67,7 +64,6 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_SIGNATURES = {"png": re.compile(rb"\x89PNG\r\n\x1a\n"), "webp": re.compile(rb"RIFF....WEBP", re.DOTALL)}
 
 
 class ShardError(DatasetError):
@@ -134,7 +130,7 @@ def _close_sample(
         start, length = parts[kind]
         text = data[start : start + min(length, _LONGEST_LABEL[kind] + 1)]
         label = label_of_cls(text) if kind == "cls" else label_of_json(text)
-        if label is None or len(text) > _LONGEST_LABEL[kind] or not 0 <= label <= _LARGEST_LABEL:
+        if label is None or len(text) > _LONGEST_LABEL[kind] or not 0 <= label <= LARGEST_LABEL:
             wanted = "a whole number from 0" + (" under 'label' or 'cls'" if kind == "json" else "")
             raise ShardError(
                 f"{where}: sample {_text(key)} has the label {_text(text)} at byte {start}, "
@@ -197,8 +193,8 @@ def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
                 f"{where}: a sparse member at byte {start}, whose bytes lie scattered; "
                 "write it without --sparse"
             )
-        if kind in _SAYS_MORE:
-            more = _said(data, kind, start, length, where)
+        if kind in _EXTENDED_HEADERS:
+            more = _extended_fields(data, kind, start, length, where)
             said_of_all = {**said_of_all, **more} if kind == _PAX_FOR_ALL else said_of_all
             said = {**said, **more}
             continue
@@ -214,7 +210,7 @@ def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
         said = said_of_all
 
 
-def _said(data: mmap.mmap, kind: bytes, start: int, length: int, where: str) -> dict[bytes, bytes]:
+def _extended_fields(data: mmap.mmap, kind: bytes, start: int, length: int, where: str) -> dict[bytes, bytes]:
     """What a member says of the next one, or of all that follow, in pax's words."""
     if length > _LONGEST_HEADER:
         raise ShardError(
@@ -290,118 +286,3 @@ def _pax_records(text: bytes, where: str, at: int) -> dict[bytes, bytes]:
             records[found[2]] = text[found.end() : end - 1]
         position = end
     return records
-
-
-def sample(number: int, image: bytes, label: int) -> bytes:
-    """The members of sample `number`: an encoded image and its label. A shard is some of these, then END.
-
-    Nothing of time or user is in them.
-
-    Raises ValueError for an empty image or a label that is not in [0, 2^63).
-    """
-    if not image or not 0 <= label <= _LARGEST_LABEL:
-        raise ValueError(
-            f"sample {number}: expected an image and a label from 0 to {_LARGEST_LABEL}, "
-            f"found {len(image)} bytes and label {label}"
-        )
-    name = f"{number:09d}"
-    return _member(f"{name}.{_suffix(image)}", image) + _member(f"{name}.cls", b"%d" % label)
-
-
-class ShardWriter:
-    """Writes samples into `folder` as `train-000000.tar`, `train-000001.tar`, ...
-
-    A shard ends before it would have more than `samples` samples or, with a second one, `size_bytes` bytes.
-    It is written under a temporary name and gets its own when it is complete and on disk, so that shards that
-    are there are whole, whatever happens. Nothing of time or user is stored: the same samples give the same
-    bytes. Sample number `first_sample` is the first to be added, to shard number `first_shard`.
-
-    Used as a context manager: leaving it by an exception removes the unfinished shard and keeps the others.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        samples: int = 10_000,
-        size_bytes: int = 1 << 30,
-        first_shard: int = 0,
-        first_sample: int = 0,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._samples, self._size_bytes = samples, size_bytes
-        self._shard, self._sample = first_shard, first_sample
-        self._held = 0
-        self._file: IO[bytes] | None = None
-
-    def add(self, image: bytes, label: int) -> None:
-        """Append an encoded image and its label.
-
-        Raises ValueError for an empty image or a label that is not in [0, 2^63).
-        """
-        members = sample(self._sample, image, label)
-        if self._file is not None and (
-            self._held == self._samples or self._file.tell() + len(members) + len(END) > self._size_bytes
-        ):
-            self._finish()
-        if self._file is None:
-            self._file, self._held = open(self._partial, "wb"), 0
-        self._file.write(members)
-        self._held += 1
-        self._sample += 1
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is None:
-            return
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._discard()
-
-    @property
-    def _partial(self) -> Path:
-        return self._folder / f"{shard_name(self._shard)}.part"
-
-    def _finish(self) -> None:
-        assert self._file is not None
-        self._file.write(END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._folder / shard_name(self._shard))
-        self._file = None
-        self._shard += 1
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            # What a full disk kept from being written would be tried again, and fail again, on closing.
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._partial.unlink(missing_ok=True)
-
-
-def shard_name(number: int) -> str:
-    """The file name of shard `number`."""
-    return f"train-{number:06d}.tar"
-
-
-# Two blocks of zeros end a tar.
-END = 2 * _ZEROS
-
-
-def _member(name: str, content: bytes) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
-
-
-def _suffix(image: bytes) -> str:
-    """jpg, unless the image begins as a PNG or WebP does."""
-    return next((name for name, signature in _SIGNATURES.items() if signature.match(image)), "jpg")

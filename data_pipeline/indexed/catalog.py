@@ -27,8 +27,15 @@ import numpy as np
 
 from data_pipeline.common.progress_bar import progress_bar
 from data_pipeline.formats import image_folder, recordio_folder, tar_folder
-from data_pipeline.formats.container import COLUMNS, FILE, Container, DatasetError, FileTable, Records
-from data_pipeline.formats.recordio import RecordError
+from data_pipeline.formats.container import (
+    COLUMNS,
+    FILE,
+    Container,
+    DatasetError,
+    FileTable,
+    RecordError,
+    Records,
+)
 from data_pipeline.indexed import catalog_cache
 from data_pipeline.indexed.byte_ranges import ByteRanges
 from data_pipeline.quarantine import BadRecord

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 
 from data_pipeline import augment
+from data_pipeline.batch import Batch, RankSlice
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import EncodedBatch
-from data_pipeline.loader import Batch, Decoding, Share
+from data_pipeline.loader import LoaderBase
 from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError
 from data_pipeline.streaming.connection import RemoteError
 from data_pipeline.streaming.samples import RemoteSamples, Sample, resume
 
 
-class RemoteLoader(Decoding):
+class RemoteLoader(LoaderBase):
     """Iterates once, without end, over this rank's micro-batches, from `cursor_W2` on.
 
     `cursor` is this rank's row of the run's cursor after the batches that were given out; `sample_B` of a
@@ -35,7 +36,7 @@ class RemoteLoader(Decoding):
         config: DataConfig,
         urls: list[str],
         num_classes: int,
-        share: Share,
+        rank_slice: RankSlice,
         *,
         seed: int,
         cursor_W2: np.ndarray,
@@ -44,23 +45,31 @@ class RemoteLoader(Decoding):
         quarantine: Quarantine,
         gather_labels: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        cursor_W2 = resume(cursor_W2, share.world_size)
+        cursor_W2 = resume(cursor_W2, rank_slice.world_size)
         self._seed, self._num_classes = seed, num_classes
         self._gather_labels = gather_labels
         self._samples = RemoteSamples(
             urls,
             seed=seed,
-            rank=share.rank,
-            world_size=share.world_size,
+            rank=rank_slice.rank,
+            world_size=rank_slice.world_size,
             window=config.shards_window,
             cursor=cursor_W2,
         )
         self._rows: dict[int, list[Sample]] = {}  # of the micro-batches that were read and not given out
         self._chosen: dict[int, list[Sample]] = {}  # of those that are being decoded, bad rows replaced
         self._read = 0
-        self.cursor: tuple[int, int] = (int(cursor_W2[share.rank, 0]), int(cursor_W2[share.rank, 1]))
+        self.cursor: tuple[int, int] = (
+            int(cursor_W2[rank_slice.rank, 0]),
+            int(cursor_W2[rank_slice.rank, 1]),
+        )
         super().__init__(
-            config, share, first=0, ranks_on_node=ranks_on_node, device_id=device_id, quarantine=quarantine
+            config,
+            rank_slice,
+            first=0,
+            ranks_on_node=ranks_on_node,
+            device_id=device_id,
+            quarantine=quarantine,
         )
 
     def __iter__(self) -> RemoteLoader:
@@ -79,7 +88,7 @@ class RemoteLoader(Decoding):
 
     def labels_of_step(self, step: int) -> torch.Tensor:
         """Labels int64 of all samples of the step that comes next, those of the other ranks too."""
-        numbers = range(self._next, self._next + self._share.accumulation)
+        numbers = range(self._next, self._next + self._slice.accumulation)
         return self._gather_labels(torch.tensor([row.label for i in numbers for row in self._micro_batch(i)]))
 
     def close(self) -> None:
@@ -89,7 +98,7 @@ class RemoteLoader(Decoding):
     def _micro_batch(self, i: int) -> list[Sample]:
         while self._read <= i:
             self._rows[self._read] = [
-                self._checked(next(self._samples)) for _ in range(self._share.micro_batch)
+                self._checked(next(self._samples)) for _ in range(self._slice.micro_batch)
             ]
             self._read += 1
         return self._rows[i]

@@ -28,8 +28,7 @@ import numpy as np
 from braceexpand import braceexpand
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from data_pipeline import philox as counter
-from data_pipeline import shuffle as order
+from data_pipeline import philox, shuffle
 from data_pipeline.formats.tar_index import label_of_cls, label_of_json
 from data_pipeline.streaming.connection import Patience, RemoteError, Stopped, Stream, Waits, require_reader
 
@@ -99,13 +98,13 @@ def resume(cursor_V2: np.ndarray, world_size: int) -> np.ndarray:
 
 def shard_of(seed: int, position: int, shards: int) -> int:
     """Which of so many shards stands at a position of the infinite sequence."""
-    return int(order.record_of(seed, np.array([position]), shards)[0])
+    return int(shuffle.record_of(seed, np.array([position]), shards)[0])
 
 
 def mixed(seed: int, position: int, window_number: int, samples: int) -> np.ndarray:
     """The order int64 [samples] in which the samples of a shard's window come."""
     at_N = (position << 32) + np.arange(samples, dtype=np.int64)
-    high_N, low_N, *_ = counter.words(seed, at_N, _MIX << 32 | window_number)
+    high_N, low_N, *_ = philox.words(seed, at_N, _MIX << 32 | window_number)
     return np.lexsort((low_N, high_N))
 
 

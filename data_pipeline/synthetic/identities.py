@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline import philox as counter
+from data_pipeline import philox
 from data_pipeline.synthetic.face import OCCLUSIONS, Face, Nuisances, ranges
 from data_pipeline.synthetic.render import paint
 
@@ -97,7 +97,7 @@ def nuisances_of(
     neutral_F, low_F, high_F = np.array(list(ranges(Nuisances).values())).T
     uniform_NF = _uniform(seed, position_N, _NUISANCE, len(neutral_F)).T
     value_NF = neutral_F + difficulty * (low_F + uniform_NF * (high_F - low_F) - neutral_F)
-    scene_N, occlusion_N, *_ = counter.words(seed, position_N, _SCENE)
+    scene_N, occlusion_N, *_ = philox.words(seed, position_N, _SCENE)
     occlusions = _occlusions(occlusion_N * 2.0**-32, _OCCLUDED * difficulty)
     rows = zip(value_NF.tolist(), occlusions, scene_N.tolist(), strict=True)
     return [
@@ -108,7 +108,7 @@ def nuisances_of(
 
 def _uniform(seed: int, position_N: np.ndarray, stream: int, count: int) -> np.ndarray:
     """Independent numbers [count, N] in [0, 1) for every position."""
-    blocks = [counter.uniform(seed, position_N, block << 32 | stream) for block in range(-(-count // 4))]
+    blocks = [philox.uniform(seed, position_N, block << 32 | stream) for block in range(-(-count // 4))]
     return np.concatenate(blocks)[:count]
 
 
@@ -140,7 +140,7 @@ def _jpeg(face: Face, nuisances: Nuisances, size: int) -> bytes:
 def pairs_of(config: SynthConfig) -> Pairs:
     """Which pictures are compared: pairs 0, 2, 4... show one person, the others two; all pictures differ."""
     pair_P = np.arange(config.pairs)
-    word_4P = counter.words(config.seed, pair_P, _PAIR).astype(np.int64)
+    word_4P = philox.words(config.seed, pair_P, _PAIR).astype(np.int64)
     issame_P = pair_P % 2 == 0
     first_P = word_4P[0] % config.held_out_identities
     step_P = 1 + word_4P[1] % (config.held_out_identities - 1)

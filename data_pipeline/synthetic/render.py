@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_pipeline import philox as counter
+from data_pipeline import philox
 from data_pipeline.synthetic import face as faces
 from data_pipeline.synthetic.face import Face, Nuisances
 
@@ -24,7 +24,7 @@ _GRID = 28  # cells of the light, which is smooth
 def paint(face: Face, nuisances: Nuisances, size: int) -> Image.Image:
     """The RGB picture of `face`, `size` pixels wide and high, before compression."""
     big = size * _SUPERSAMPLING
-    colour_P3 = 255 * counter.uniform(nuisances.scene, np.arange(30), 0)[:3].T
+    colour_P3 = 255 * philox.uniform(nuisances.scene, np.arange(30), 0)[:3].T
     picture = _background(colour_P3, big)
     draw = ImageDraw.Draw(picture, "RGBA")
     point_K3, ends, fills = faces.sketch(face, nuisances, colour_P3[9]).polygons()
@@ -62,7 +62,7 @@ def _photograph(picture: Image.Image, n: Nuisances, size: int) -> Image.Image:
     light = Image.fromarray(_light(n)).resize((size, size), Image.Resampling.BILINEAR)
     pixel_HWC = np.asarray(picture, np.float32) * np.asarray(light)[:, :, None]
     pixel_HWC = pixel_HWC @ _colours(n)
-    grain = counter.words(n.scene, np.arange(-(-size * size // 16)), 1).view(np.uint8).ravel()
+    grain = philox.words(n.scene, np.arange(-(-size * size // 16)), 1).view(np.uint8).ravel()
     grain_HW1 = grain[: size * size].reshape(size, size, 1).astype(np.float32)
     pixel_HWC += (grain_HW1 / 127.5 - 1) * np.float32(n.noise)
     picture = Image.fromarray(np.clip(pixel_HWC, 0, 255).astype(np.uint8))

@@ -8,9 +8,9 @@ from typing import IO
 
 import numpy as np
 
-from data_pipeline import shuffle as order
+from data_pipeline import shuffle
 from data_pipeline.common.process_pool import in_order
-from data_pipeline.formats import tar_index as tarshards
+from data_pipeline.formats import tar_writer
 from data_pipeline.synthetic.identities import AT_ONCE, SynthConfig, pictures
 
 
@@ -30,9 +30,9 @@ def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> N
         number = part
         for result in results:
             for picture in result:
-                out.write(tarshards.sample(number, picture.jpeg, picture.identity))
+                out.write(tar_writer.sample(number, picture.jpeg, picture.identity))
                 number += parts
-    out.write(tarshards.END)
+    out.write(tar_writer.END)
     out.flush()
 
 
@@ -41,5 +41,5 @@ def _chunks(
 ) -> Iterator[tuple[SynthConfig, np.ndarray, np.ndarray]]:
     for start in range(part, config.images, parts * AT_ONCE):
         position_N = np.arange(start, min(start + parts * AT_ONCE, config.images), parts)
-        image_N = order.record_of(config.seed, position_N, config.images)
+        image_N = shuffle.record_of(config.seed, position_N, config.images)
         yield config, image_N // config.images_per_identity, image_N % config.images_per_identity

@@ -16,7 +16,8 @@ from data_pipeline.common.atomic_write import locked, naming_full_disks, staged
 from data_pipeline.common.pillow_decode import decoded
 from data_pipeline.formats.container import Progress
 from data_pipeline.formats.recordio_writer import FlatWriter
-from data_pipeline.formats.tar_index import ShardIndex, ShardWriter, index_shard, shard_name
+from data_pipeline.formats.tar_index import ShardIndex, index_shard
+from data_pipeline.formats.tar_writer import ShardWriter, shard_name
 from data_pipeline.indexed.catalog import Catalog, open_catalog
 
 # There until all shards are: the finished ones of a killed conversion look like a whole dataset.

@@ -27,14 +27,14 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from data_pipeline import philox as counter
+from data_pipeline import philox
 from data_pipeline.common.atomic_write import staged
 from data_pipeline.common.process_pool import in_order
 from data_pipeline.formats.container import Progress
 from data_pipeline.formats.image_folder import listed
 from data_pipeline.formats.pair_file import write_pairs
 from data_pipeline.formats.recordio_writer import FlatWriter, InsightFaceWriter
-from data_pipeline.formats.tar_index import ShardWriter
+from data_pipeline.formats.tar_writer import ShardWriter
 
 Format = Literal["rec", "tar"]
 
@@ -223,12 +223,10 @@ def _pairs_of(count_I: list[int]) -> tuple[np.ndarray, np.ndarray]:
     start_I = np.cumsum([0, *count_I[:-1]])
     within = [np.stack(np.triu_indices(count, 1), axis=1) for count in count_I]
     genuine_Q2 = np.concatenate([pair + start for pair, start in zip(within, start_I, strict=True)])
-    order_Q = np.argsort(counter.words(0, np.arange(len(genuine_Q2)), _PAIR_STREAM)[0], kind="stable")
+    order_Q = np.argsort(philox.words(0, np.arange(len(genuine_Q2)), _PAIR_STREAM)[0], kind="stable")
     person_N = np.repeat(np.arange(len(count_I)), count_I)
     # Most draws are of two people, and few are drawn twice: four times as many as needed will do.
-    draw_Q2 = counter.words(1, np.arange(4 * _MOST_PAIRS), _PAIR_STREAM)[:2].T.astype(np.int64) % len(
-        person_N
-    )
+    draw_Q2 = philox.words(1, np.arange(4 * _MOST_PAIRS), _PAIR_STREAM)[:2].T.astype(np.int64) % len(person_N)
     draw_Q2 = np.sort(draw_Q2[person_N[draw_Q2[:, 0]] != person_N[draw_Q2[:, 1]]], axis=1)
     _, first_seen = np.unique(draw_Q2, axis=0, return_index=True)
     impostor_Q2 = draw_Q2[np.sort(first_seen)]

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from data_pipeline.common.pillow_decode import DecodeError, decoded, kind, wrong_size
 from data_pipeline.common.process_pool import in_order
-from data_pipeline.formats.container import Progress
-from data_pipeline.formats.recordio import RecordError
+from data_pipeline.formats.container import Progress, RecordError
 from data_pipeline.indexed.catalog import Catalog, open_catalog
 from data_pipeline.quarantine import BadRecord
 

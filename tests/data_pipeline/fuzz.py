@@ -33,11 +33,12 @@ else:
 
 with instrumented:
     from data_pipeline.formats import recordio
+    from data_pipeline.formats.container import RecordError
     from data_pipeline.formats.int64_labels import LABELS_SUFFIX, read_labels, write_labels
     from data_pipeline.formats.pair_file import VerificationFileError, read_pairs, write_pairs
-    from data_pipeline.formats.recordio import RecordError
     from data_pipeline.formats.recordio_writer import FlatWriter, InsightFaceWriter
-    from data_pipeline.formats.tar_index import BLOCK, ShardError, ShardWriter, index_shard
+    from data_pipeline.formats.tar_index import BLOCK, ShardError, index_shard
+    from data_pipeline.formats.tar_writer import ShardWriter
     from data_pipeline.indexed.catalog import DatasetError, open_catalog
 
 # Where Atheris leaves the bytes that it found; ignored by git.

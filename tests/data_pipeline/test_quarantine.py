@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import shuffle as order
+from data_pipeline import shuffle
+from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.indexed.catalog import open_catalog
-from data_pipeline.loader import Loader, Share
+from data_pipeline.indexed.loader import Loader
 from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError, substitutes
 
 SEED, RECORDS, BATCH = 3, 12, 6
@@ -76,7 +77,7 @@ def load(folder, share, steps, *, prefetch_batches=2, quarantine=None, first_ste
 
 
 def record_of(sample):
-    return int(order.record_of(SEED, np.array([sample]), RECORDS)[0])
+    return int(shuffle.record_of(SEED, np.array([sample]), RECORDS)[0])
 
 
 @pytest.mark.parametrize("prefetch_batches", [1, 3])
@@ -87,7 +88,9 @@ def test_a_bad_record_gives_way_to_the_next_of_its_step_and_is_listed(
     content, reason = BAD[kind]
     folder = bad_dataset({record_of(8): content})
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", 0.0)
-    _, seen = load(folder, Share(0, 1, BATCH, 3), 4, quarantine=quarantine, prefetch_batches=prefetch_batches)
+    _, seen = load(
+        folder, RankSlice(0, 1, BATCH, 3), 4, quarantine=quarantine, prefetch_batches=prefetch_batches
+    )
     assert list(seen) == list(range(24))
     expected = [record_of(sample) for sample in range(24)]
     expected[8] = expected[9]
@@ -105,7 +108,7 @@ def test_a_bad_record_gives_way_to_the_next_of_its_step_and_is_listed(
 
 def test_several_bad_records_in_one_batch_and_the_last_of_a_step(bad_dataset):
     bad = {record_of(sample): b"bad" for sample in (3, 4, 5)}
-    _, seen = load(bad_dataset(bad), Share(0, 1, BATCH, BATCH), 1)
+    _, seen = load(bad_dataset(bad), RankSlice(0, 1, BATCH, BATCH), 1)
     labels = [label for _, label in seen.values()]
     # 3, 4 and 5 go on to the end of their step and around to its start.
     assert labels == [record_of(0), record_of(1), record_of(2), *[record_of(0)] * 3]
@@ -115,10 +118,10 @@ def test_several_bad_records_in_one_batch_and_the_last_of_a_step(bad_dataset):
 def test_what_replaces_a_bad_record_is_the_same_on_any_ranks(bad_dataset, ranks, micro_batch):
     changes = AugmentConfig(occlusion={"probability": 0.5}, blur={"probability": 0.5})
     folder = bad_dataset({record_of(sample): b"bad" for sample in (1, 2, 11)})
-    _, expected = load(folder, Share(0, 1, BATCH, BATCH), 4, augment=changes)
+    _, expected = load(folder, RankSlice(0, 1, BATCH, BATCH), 4, augment=changes)
     seen = {}
     for rank in range(ranks):
-        loader, part = load(folder, Share(rank, ranks, BATCH, micro_batch), 4, augment=changes)
+        loader, part = load(folder, RankSlice(rank, ranks, BATCH, micro_batch), 4, augment=changes)
         for step in range(4):
             known = set(loader.labels_of_step(step).tolist())
             assert {label for sample, (_, label) in part.items() if sample // BATCH == step} <= known
@@ -131,9 +134,9 @@ def test_what_replaces_a_bad_record_is_the_same_on_any_ranks(bad_dataset, ranks,
 
 def test_a_run_that_goes_on_lists_nothing_twice(bad_dataset, tmp_path):
     folder, path = bad_dataset({record_of(8): b"bad", record_of(20): b"bad"}), tmp_path / "list.jsonl"
-    _, whole = load(folder, Share(0, 1, BATCH, 3), 4, quarantine=Quarantine(path, 0.0))
+    _, whole = load(folder, RankSlice(0, 1, BATCH, 3), 4, quarantine=Quarantine(path, 0.0))
     before = path.read_text()
-    _, rest = load(folder, Share(0, 1, BATCH, 3), 3, quarantine=Quarantine(path, 0.0), first_step=1)
+    _, rest = load(folder, RankSlice(0, 1, BATCH, 3), 3, quarantine=Quarantine(path, 0.0), first_step=1)
     assert path.read_text() == before
     for sample, (image, label) in rest.items():
         assert torch.equal(whole[sample][0], image)
@@ -157,7 +160,7 @@ def test_a_record_that_breaks_while_training_is_replaced(tmp_path, write_records
     loader = Loader(
         DataConfig(path=folder, image_size=48, threads=1),
         catalog,
-        Share(0, 1, BATCH, BATCH),
+        RankSlice(0, 1, BATCH, BATCH),
         seed=SEED,
         first_step=0,
         ranks_on_node=1,
@@ -171,7 +174,7 @@ def test_a_record_that_breaks_while_training_is_replaced(tmp_path, write_records
 def test_a_step_without_a_readable_sample_ends_the_run(bad_dataset):
     folder = bad_dataset({record_of(sample): b"bad" for sample in range(BATCH)})
     with pytest.raises(QuarantineError, match="no sample of step 0 can be read"):
-        load(folder, Share(0, 1, BATCH, 2), 1)
+        load(folder, RankSlice(0, 1, BATCH, 2), 1)
 
 
 def test_more_than_the_share_is_an_error_that_names_the_first_ten():

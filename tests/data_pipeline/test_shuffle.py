@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import philox as counter
-from data_pipeline import shuffle as order
+from data_pipeline import philox, shuffle
 
 
 @pytest.mark.parametrize(
@@ -22,25 +21,25 @@ from data_pipeline import shuffle as order
     ],
 )
 def test_philox_gives_the_published_answers(counter_words, key, expected):
-    out = counter.philox(np.array(counter_words, np.uint64)[:, None], key)
+    out = philox.philox(np.array(counter_words, np.uint64)[:, None], key)
     assert " ".join(f"{word:08x}" for word in out[:, 0]) == expected
 
 
 def test_uniform_is_uniform():
-    values = counter.uniform(3, np.arange(100_000), 7)
+    values = philox.uniform(3, np.arange(100_000), 7)
     assert values.min() >= 0
     assert values.max() < 1
     assert np.abs(values.mean(axis=1) - 0.5).max() < 0.005
     assert np.abs(np.corrcoef(values) - np.eye(4)).max() < 0.02
 
 
-SHUFFLES = st.none() | st.builds(order.Blocks, size=st.integers(1, 50), window=st.integers(1, 9))
+SHUFFLES = st.none() | st.builds(shuffle.Blocks, size=st.integers(1, 50), window=st.integers(1, 9))
 
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**63), records=st.integers(1, 700), epoch=st.integers(0, 2**31), blocks=SHUFFLES)
 def test_every_epoch_visits_every_record_once(seed, records, epoch, blocks):
-    ids = order.record_of(seed, np.arange(epoch * records, (epoch + 1) * records), records, blocks)
+    ids = shuffle.record_of(seed, np.arange(epoch * records, (epoch + 1) * records), records, blocks)
     assert sorted(ids) == list(range(records))
 
 
@@ -52,35 +51,35 @@ def test_every_epoch_visits_every_record_once(seed, records, epoch, blocks):
     blocks=SHUFFLES,
 )
 def test_any_part_of_the_sequence_is_found_without_the_rest(records, start, cut, blocks):
-    whole = order.record_of(1, np.arange(start, start + 50), records, blocks)
-    parts = [order.record_of(1, np.arange(start, start + cut), records, blocks)]
-    parts.append(order.record_of(1, np.arange(start + cut, start + 50), records, blocks))
+    whole = shuffle.record_of(1, np.arange(start, start + 50), records, blocks)
+    parts = [shuffle.record_of(1, np.arange(start, start + cut), records, blocks)]
+    parts.append(shuffle.record_of(1, np.arange(start + cut, start + 50), records, blocks))
     assert np.array_equal(whole, np.concatenate(parts))
 
 
 def test_a_window_is_read_in_as_many_runs_as_it_has_blocks():
-    n, blocks = 10_007, order.Blocks(size=100, window=8)
-    ids = order.record_of(3, np.arange(n), n, blocks)
+    n, blocks = 10_007, shuffle.Blocks(size=100, window=8)
+    ids = shuffle.record_of(3, np.arange(n), n, blocks)
     for start in range(0, 9600, 800):
         breaks = np.diff(np.sort(ids[start : start + 800])) != 1
         assert breaks.sum() <= 8  # 8 blocks, and perhaps one cut by the end of the dataset
     inside = ids[:800]
     assert abs(np.corrcoef(inside, np.arange(800))[0, 1]) < 0.2
-    firsts = [order.record_of(3, np.arange(e * n, e * n + 800), n, blocks) for e in range(3)]
+    firsts = [shuffle.record_of(3, np.arange(e * n, e * n + 800), n, blocks) for e in range(3)]
     assert len({tuple(np.sort(first)) for first in firsts}) == 3
 
 
 def test_blocks_of_one_record_are_a_full_shuffle():
     n = 5000
-    ids = order.record_of(0, np.arange(n), n, order.Blocks(1, 1))
+    ids = shuffle.record_of(0, np.arange(n), n, shuffle.Blocks(1, 1))
     assert abs(np.corrcoef(ids, np.arange(n))[0, 1]) < 0.05
     assert (np.abs(np.diff(ids)) == 1).mean() < 0.01
 
 
 def test_epochs_and_seeds_differ_and_are_shuffled():
     n = 1000
-    first, second = (order.record_of(0, np.arange(e * n, (e + 1) * n), n) for e in (0, 1))
-    other = order.record_of(1, np.arange(n), n)
+    first, second = (shuffle.record_of(0, np.arange(e * n, (e + 1) * n), n) for e in (0, 1))
+    other = shuffle.record_of(1, np.arange(n), n)
     for a, b in ((first, second), (first, other), (first, np.arange(n))):
         assert (a == b).mean() < 0.02
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.1
@@ -88,6 +87,6 @@ def test_epochs_and_seeds_differ_and_are_shuffled():
 
 def test_an_empty_dataset_and_a_negative_position_are_refused():
     with pytest.raises(ValueError, match="at least one"):
-        order.record_of(0, np.arange(3), 0)
+        shuffle.record_of(0, np.arange(3), 0)
     with pytest.raises(ValueError, match="start at 0"):
-        order.record_of(0, np.array([-1]), 5)
+        shuffle.record_of(0, np.array([-1]), 5)

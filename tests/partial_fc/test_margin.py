@@ -47,10 +47,10 @@ def test_the_derivatives_are_those_of_autograd(kind, norm):
     cos_G = cosines().requires_grad_()
     norm_G = norms_like(cos_G, norm).detach().requires_grad_()
     target = build(kind).target(cos_G, norm_G)
-    by_cos_G, by_norm_G = torch.autograd.grad(
+    dlogit_dcos_G, by_norm_G = torch.autograd.grad(
         target.logit_G.sum(), [cos_G, norm_G], allow_unused=True, materialize_grads=True
     )
-    torch.testing.assert_close(target.by_cos_G, by_cos_G, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(target.dlogit_dcos_G, dlogit_dcos_G, rtol=1e-7, atol=1e-9)
     found_G = torch.zeros_like(by_norm_G) if target.by_norm_G is None else target.by_norm_G
     torch.testing.assert_close(found_G, by_norm_G, rtol=1e-7, atol=1e-9)
 
@@ -60,7 +60,7 @@ def test_the_derivative_is_that_of_finite_differences(kind):
     cos_G, h = torch.linspace(-0.999, 0.999, 2000, dtype=torch.float64), 1e-6
     norm_G, target = norms_like(cos_G), build(kind).target
     rise_G = (target(cos_G + h, norm_G).logit_G - target(cos_G - h, norm_G).logit_G) / (2 * h)
-    torch.testing.assert_close(target(cos_G, norm_G).by_cos_G, rise_G, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target(cos_G, norm_G).dlogit_dcos_G, rise_G, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +116,7 @@ def test_the_straight_through_margin_has_arcfaces_logit_and_a_derivative_of_one(
     found = build("arcface-straight-through", m=0.5).target(cos_G, cos_G)
     expected = build("arcface 0.5").target(cos_G, cos_G)
     torch.testing.assert_close(found.logit_G, expected.logit_G, rtol=0, atol=1e-12)
-    assert (found.by_cos_G == 1).all()
+    assert (found.dlogit_dcos_G == 1).all()
     (by_autograd_G,) = torch.autograd.grad(found.logit_G.sum(), cos_G)
     assert (by_autograd_G == 1).all()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.schedule import learning_rate
+from trainer.config import learning_rate
 
 
 def rates(**options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import Batch
+from data_pipeline.batch import Batch
 from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
 from tests.ranks import run_ranks

@@ -62,7 +62,7 @@ def naming_the_cause() -> Iterator[None]:
         raise
 
 
-class BriskFile:
+class WriteThroughFile:
     """A new file whose bytes the disk begins to take at once, and the system's cache soon forgets.
 
     Left alone, the system keeps all of them, instead of the images it had, and begins to write when that is
@@ -81,12 +81,12 @@ class BriskFile:
             self._size += len(piece)
             while self._size - self._begun >= _WINDOW:
                 # Told so, the system begins to write what it has not, and forgets what it has written.
-                self._no_need_of(self._begun, _WINDOW)
-                self._no_need_of(self._begun - _BEGUN, _WINDOW)
+                self._fadvise_dontneed(self._begun, _WINDOW)
+                self._fadvise_dontneed(self._begun - _BEGUN, _WINDOW)
                 self._begun += _WINDOW
         return len(whole)
 
-    def _no_need_of(self, start: int, length: int) -> None:
+    def _fadvise_dontneed(self, start: int, length: int) -> None:
         # Advice, which not every system takes.
         with contextlib.suppress(OSError):
             if start >= 0:
@@ -108,11 +108,11 @@ class BriskFile:
     def close(self) -> None:
         """Flush and close; what is on the disk by now goes from the cache."""
         self._raw.flush()
-        self._no_need_of(0, self._size)
+        self._fadvise_dontneed(0, self._size)
         self._raw.close()
 
 
-class SummedFile(BriskFile):
+class SummedFile(WriteThroughFile):
     """One whose sum is known when its last byte is."""
 
     def __init__(self, raw: BinaryIO) -> None:

@@ -111,7 +111,7 @@ class Manifest:
     format: int = FORMAT
 
 
-class Look(Protocol):
+class IntegrityCheck(Protocol):
     """Looks at one part of `parts` of a checkpoint's files; returns what is wrong, None if nothing is."""
 
     def __call__(self, checkpoint: Path, part: int = 0, parts: int = 1) -> str | None: ...
@@ -202,7 +202,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def superfluous(
-    run_dir: Path, *, keep: int, every_steps: int | None, look: Look, until_step: int | None = None
+    run_dir: Path, *, keep: int, every_steps: int | None, look: IntegrityCheck, until_step: int | None = None
 ) -> list[Path]:
     """The checkpoints older than the `keep` newest in which `look` finds nothing wrong.
 
@@ -290,17 +290,17 @@ def _is_count(value: object) -> bool:
 
 
 def wrong_size(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """A `Look` at the manifest and the files' sizes."""
+    """A `IntegrityCheck` at the manifest and the files' sizes."""
     return _first_wrong(_wrong_size, checkpoint, part, parts)
 
 
 def wrong_sum(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """A `Look` at the manifest and every byte of the files."""
+    """A `IntegrityCheck` at the manifest and every byte of the files."""
     return _first_wrong(_wrong_sum, checkpoint, part, parts)
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """A `Look` at everything, at what is quickly seen first."""
+    """A `IntegrityCheck` at everything, at what is quickly seen first."""
     return wrong_size(checkpoint, part, parts) or wrong_sum(checkpoint, part, parts)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import default_threads
+from data_pipeline.batch import default_threads
 from trainer.evaluation.protocol import Face
 from trainer.inference.alignment import aligned
 from trainer.inference.images import ahead, open_picture, resized, to_network

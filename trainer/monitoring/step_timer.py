@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.loader import Batch
+from data_pipeline.batch import Batch
 
 
 class Span(NamedTuple):

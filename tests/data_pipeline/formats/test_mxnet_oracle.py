@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipeline.formats import recordio
 from data_pipeline.formats.recordio_writer import InsightFaceWriter
-from data_pipeline.formats.tar_index import ShardWriter
+from data_pipeline.formats.tar_writer import ShardWriter
 from data_pipeline.tools.convert import convert
 
 MAGIC = recordio.MAGIC_BYTES

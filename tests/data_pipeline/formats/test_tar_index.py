@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
-from data_pipeline.formats.tar_index import BLOCK, ShardError, ShardWriter, index_shard
+from data_pipeline.formats.tar_index import BLOCK, ShardError, index_shard
+from data_pipeline.formats.tar_writer import ShardWriter
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import webdataset as wds
 
+from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
-from data_pipeline.loader import Share
 from data_pipeline.quarantine import Quarantine, QuarantineError
 from data_pipeline.streaming.connection import RemoteError
 from data_pipeline.streaming.loader import RemoteLoader
@@ -76,13 +76,13 @@ def test_an_epoch_over_all_ranks_has_every_sample_once(shards):
     urls = shards()
     labels = []
     for rank in range(3):
-        labels += [label for _, label in taken(load(urls, Share(rank, 3, 6, 2)), SAMPLES // 2).values()]
+        labels += [label for _, label in taken(load(urls, RankSlice(rank, 3, 6, 2)), SAMPLES // 2).values()]
     assert sorted(labels) == list(range(SHARDS * SAMPLES))
 
 
 @pytest.mark.parametrize("done", [1, 4, 7])
 def test_a_run_goes_on_with_exactly_what_follows(shards, done):
-    urls, share = shards(), Share(0, 1, 4, 4)
+    urls, share = shards(), RankSlice(0, 1, 4, 4)
     whole = taken(load(urls, share), 12)
     first = load(urls, share)
     before = list(itertools.islice(first, done))
@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_exactly_what_follows(shards, done):
 
 def test_labels_of_a_step_are_known_before_it_and_gathered(shards):
     urls = shards()
-    loaders = [load(urls, Share(rank, 2, 8, 2), gather=lambda labels: labels * 1) for rank in range(2)]
+    loaders = [load(urls, RankSlice(rank, 2, 8, 2), gather=lambda labels: labels * 1) for rank in range(2)]
     for loader in loaders:
         for step in range(3):
             known = loader.labels_of_step(step)
@@ -105,7 +105,7 @@ def test_labels_of_a_step_are_known_before_it_and_gathered(shards):
 
 
 def test_a_bad_image_gives_way_to_the_next_of_its_micro_batch(shards):
-    share = Share(0, 1, 5, 5)
+    share = RankSlice(0, 1, 5, 5)
     expected = [label for _, label in taken(load(shards(), share), 6).values()]
     bad = {expected[1]: b"no image", expected[2]: b"\xff\xd8 none", expected[9]: b"none"}
     quarantine = Quarantine(None, 0.0)
@@ -117,14 +117,14 @@ def test_a_bad_image_gives_way_to_the_next_of_its_micro_batch(shards):
 
 
 def test_a_micro_batch_without_a_good_image_ends_the_run(shards):
-    loader = load(shards({label: b"none" for label in range(30)}), Share(0, 1, 4, 4))
+    loader = load(shards({label: b"none" for label in range(30)}), RankSlice(0, 1, 4, 4))
     with pytest.raises(QuarantineError, match=r"no image of the 4 from .*s-\d.tar: sample '\d+' on can be"):
         next(loader)
     loader.close()
 
 
 def test_a_label_outside_the_classes_is_named(shards):
-    loader = load(shards(), Share(0, 1, 30, 30), classes=29)
+    loader = load(shards(), RankSlice(0, 1, 30, 30), classes=29)
     with pytest.raises(RemoteError, match=r"s-2.tar: sample '00029': label 29 is outside the 29 classes"):
         next(loader)
     loader.close()

@@ -9,7 +9,8 @@ import pytest
 
 from data_pipeline.common.atomic_write import locked
 from data_pipeline.formats.recordio import MAGIC_BYTES
-from data_pipeline.formats.tar_index import ShardWriter, index_shard
+from data_pipeline.formats.tar_index import index_shard
+from data_pipeline.formats.tar_writer import ShardWriter
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.tools.convert import convert
 from tests.conftest import skip_without_right

@@ -8,7 +8,7 @@ import zlib
 import pytest
 
 from trainer.checkpoint import checksummed_file as summed_files
-from trainer.checkpoint.checksummed_file import BriskFile, FileSum, SummedFile
+from trainer.checkpoint.checksummed_file import FileSum, SummedFile, WriteThroughFile
 
 SMALL, LARGE = 1000, 3 * summed_files._PIECE + 17
 
@@ -44,7 +44,7 @@ def test_bytes_without_a_sum_do_not_pass_for_summed_ones(tmp_path, monkeypatch):
 
 def test_a_descriptor_is_asked_for_when_the_system_has_all_bytes(tmp_path):
     with open(tmp_path / "file", "wb") as raw:
-        file = BriskFile(raw)
+        file = WriteThroughFile(raw)
         file.write(bytes(SMALL))
         assert os.fstat(file.fileno()).st_size == SMALL
 
@@ -55,7 +55,7 @@ def test_advice_that_is_not_taken_is_no_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     with open(tmp_path / "file", "wb") as raw:
-        file = BriskFile(raw)
+        file = WriteThroughFile(raw)
         for _ in range(9):
             file.write(bytes(1 << 20))
         file.close()
@@ -75,7 +75,7 @@ def test_each_window_is_begun_when_it_is_written_and_let_go_once_it_is_behind(tm
             advised.append((start, length))
 
         monkeypatch.setattr(os, "posix_fadvise", advise)
-        file = BriskFile(raw)
+        file = WriteThroughFile(raw)
         for size in (5, 40, 1, 19):
             file.write(bytes(size))
         file.close()

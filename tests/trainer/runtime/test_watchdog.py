@@ -71,7 +71,7 @@ def test_a_rank_that_waits_for_its_images_for_ever_is_named(faces, tmp_path):
     script = tmp_path / "stuck.py"
     stuck = """
         import os, time
-        from data_pipeline.loader import Loader
+        from data_pipeline.indexed.loader import Loader
         from trainer.__main__ import main
         take = Loader.__next__
         def hang(self):

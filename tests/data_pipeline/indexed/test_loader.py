@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import augment
-from data_pipeline import shuffle as order
+from data_pipeline import augment, shuffle
+from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import Decoder
 from data_pipeline.indexed.catalog import open_catalog
-from data_pipeline.loader import Loader, Share
+from data_pipeline.indexed.loader import Loader
 from data_pipeline.quarantine import Quarantine
 
 SEED = 5
@@ -66,16 +66,16 @@ def samples(batches, steps):
 
 def test_images_and_labels_are_those_of_the_order(dataset, jpeg):
     plain = AugmentConfig(flip_probability=0)
-    seen = samples(loader(dataset, Share(0, 1, 6, 6), changes=plain), 4)
+    seen = samples(loader(dataset, RankSlice(0, 1, 6, 6), changes=plain), 4)
     assert list(seen) == list(range(24))
-    for sample, record in enumerate(order.record_of(SEED, np.arange(24), 12)):
+    for sample, record in enumerate(shuffle.record_of(SEED, np.arange(24), 12)):
         image, label = seen[sample]
         assert label == record // 4
         assert (image - pixels_of(jpeg(record))).abs().max() <= TOLERANCE
 
 
 def test_a_batch_has_the_types_of_the_contract(dataset):
-    images, labels, positions = next(loader(dataset, Share(0, 1, 6, 6)))
+    images, labels, positions = next(loader(dataset, RankSlice(0, 1, 6, 6)))
     assert (images.shape, images.dtype) == ((6, 3, 48, 48), torch.float32)
     assert (labels.shape, labels.dtype) == ((6,), torch.int64)
     assert (positions.shape, positions.dtype) == ((6,), torch.int64)
@@ -83,10 +83,10 @@ def test_a_batch_has_the_types_of_the_contract(dataset):
 
 
 def test_a_sample_is_mirrored_as_drawn(dataset, jpeg):
-    seen = samples(loader(dataset, Share(0, 1, 12, 12), changes=AugmentConfig()), 5)
+    seen = samples(loader(dataset, RankSlice(0, 1, 12, 12), changes=AugmentConfig()), 5)
     mirror_N = augment.of_samples(AugmentConfig(), SEED, np.arange(60)).mirror_B
     assert 0.2 < mirror_N.mean() < 0.8
-    for sample, record in enumerate(order.record_of(SEED, np.arange(60), 12)):
+    for sample, record in enumerate(shuffle.record_of(SEED, np.arange(60), 12)):
         expected = pixels_of(jpeg(record))
         expected = expected.flip(2) if mirror_N[sample] else expected
         assert (seen[sample][0] - expected).abs().max() <= TOLERANCE
@@ -104,10 +104,10 @@ def test_a_sample_is_mirrored_as_drawn(dataset, jpeg):
     ],
 )
 def test_a_sample_has_the_same_pixels_wherever_it_is_loaded(dataset, ranks, micro_batch, options):
-    expected = samples(loader(dataset, Share(0, 1, 12, 12), first_step=3), 2)
+    expected = samples(loader(dataset, RankSlice(0, 1, 12, 12), first_step=3), 2)
     seen = {}
     for rank in range(ranks):
-        share = Share(rank, ranks, 12, micro_batch)
+        share = RankSlice(rank, ranks, 12, micro_batch)
         part = samples(loader(dataset, share, first_step=3, **options), 2 * share.accumulation)
         assert not seen.keys() & part.keys()
         seen |= part
@@ -125,12 +125,12 @@ def test_a_sample_has_the_same_pixels_wherever_it_is_loaded(dataset, ranks, micr
 )
 def test_a_step_is_the_same_samples_on_any_number_of_ranks(ranks, micro_batch, rounds, step):
     total = ranks * micro_batch * rounds
-    shares = [Share(rank, ranks, total, micro_batch) for rank in range(ranks)]
+    shares = [RankSlice(rank, ranks, total, micro_batch) for rank in range(ranks)]
     parts = [share.samples(step * rounds + m) for m in range(rounds) for share in shares]
     assert np.array_equal(np.concatenate(parts), np.arange(step * total, (step + 1) * total))
 
 
-@pytest.mark.parametrize(("share", "such_as"), [(Share(0, 3, 100, 8), 96), (Share(0, 2, 10, 8), 16)])
+@pytest.mark.parametrize(("share", "such_as"), [(RankSlice(0, 3, 100, 8), 96), (RankSlice(0, 2, 10, 8), 16)])
 def test_a_global_batch_that_does_not_divide(share, such_as):
     message = rf"{share.global_batch} does not divide .*multiple of \d+, such as {such_as}$"
     with pytest.raises(ValueError, match=message):
@@ -138,7 +138,7 @@ def test_a_global_batch_that_does_not_divide(share, such_as):
 
 
 def test_every_rank_knows_the_labels_of_the_whole_step(dataset):
-    ranks = [loader(dataset, Share(rank, 2, 8, 2), first_step=3) for rank in range(2)]
+    ranks = [loader(dataset, RankSlice(rank, 2, 8, 2), first_step=3) for rank in range(2)]
     seen = [int(label) for rank in ranks for batch in itertools.islice(rank, 2) for label in batch.label_B]
     for rank in ranks:
         assert sorted(rank.labels_of_step(3).tolist()) == sorted(seen)
@@ -146,15 +146,15 @@ def test_every_rank_knows_the_labels_of_the_whole_step(dataset):
 
 
 def test_a_loader_goes_on_where_it_was_left(dataset):
-    whole = samples(loader(dataset, Share(0, 1, 4, 4)), 6)
-    cut = loader(dataset, Share(0, 1, 4, 4))
+    whole = samples(loader(dataset, RankSlice(0, 1, 4, 4)), 6)
+    cut = loader(dataset, RankSlice(0, 1, 4, 4))
     first, second = samples(cut, 2), samples(cut, 4)
     assert [*first, *second] == list(whole)
     assert all(torch.equal(image, whole[sample][0]) for sample, (image, _) in (first | second).items())
 
 
 def test_images_are_resized_to_the_configured_size(dataset):
-    images, *_ = next(loader(dataset, Share(0, 1, 4, 4), image_size=32))
+    images, *_ = next(loader(dataset, RankSlice(0, 1, 4, 4), image_size=32))
     assert images.shape == (4, 3, 32, 32)
 
 
@@ -186,13 +186,14 @@ import sys
 from pathlib import Path
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader, Share
+from data_pipeline.indexed.loader import Loader
+from data_pipeline.batch import RankSlice
 from data_pipeline.quarantine import Quarantine
 
 folder = Path(sys.argv[1])
 changes = {name: {"probability": 0.5} for name in ("crop", "motion_blur", "low_resolution", "jpeg")}
 config = DataConfig(path=folder, prefetch_batches=4, threads=3, augment=changes)
-share = Share(0, 1, 4, 4)
+share = RankSlice(0, 1, 4, 4)
 batches = Loader(
     config,
     open_catalog(folder),
@@ -223,20 +224,20 @@ def test_a_process_may_end_while_batches_are_being_decoded(dataset, ending):
 def test_the_loader_may_be_left_and_opened_anew_many_times(dataset):
     threads = threading.active_count()
     for _ in range(10):
-        batches = loader(dataset, Share(0, 1, 4, 4), prefetch_batches=3)
+        batches = loader(dataset, RankSlice(0, 1, 4, 4), prefetch_batches=3)
         first = next(batches)
         del batches
-    assert torch.equal(first.images_BCHW, next(loader(dataset, Share(0, 1, 4, 4))).images_BCHW)
+    assert torch.equal(first.images_BCHW, next(loader(dataset, RankSlice(0, 1, 4, 4))).images_BCHW)
     assert threading.active_count() == threads
 
 
 def test_a_batch_stays_as_it_is_while_others_are_decoded(dataset):
-    batches = loader(dataset, Share(0, 1, 4, 4), prefetch_batches=1)
+    batches = loader(dataset, RankSlice(0, 1, 4, 4), prefetch_batches=1)
     kept = list(itertools.islice(batches, 20))
     copies = [batch.images_BCHW.clone() for batch in kept]
     for _ in range(20):
         next(batches)
     del batches
     assert all(torch.equal(batch.images_BCHW, copy) for batch, copy in zip(kept, copies, strict=True))
-    again = loader(dataset, Share(0, 1, 4, 4))
+    again = loader(dataset, RankSlice(0, 1, 4, 4))
     assert all(torch.equal(batch.images_BCHW, next(again).images_BCHW) for batch in kept)

@@ -1,0 +1,128 @@
+"""WebDataset shards written: uncompressed tar files of numbered samples, an image and its label each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tarfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from data_pipeline.formats.tar_index import BLOCK, LARGEST_LABEL
+
+_SIGNATURES = {"png": re.compile(rb"\x89PNG\r\n\x1a\n"), "webp": re.compile(rb"RIFF....WEBP", re.DOTALL)}
+# Two blocks of zeros end a tar.
+END = bytes(2 * BLOCK)
+
+
+def sample(number: int, image: bytes, label: int) -> bytes:
+    """The members of sample `number`: an encoded image and its label. A shard is some of these, then END.
+
+    Nothing of time or user is in them.
+
+    Raises ValueError for an empty image or a label that is not in [0, 2^63).
+    """
+    if not image or not 0 <= label <= LARGEST_LABEL:
+        raise ValueError(
+            f"sample {number}: expected an image and a label from 0 to {LARGEST_LABEL}, "
+            f"found {len(image)} bytes and label {label}"
+        )
+    name = f"{number:09d}"
+    return _member(f"{name}.{_suffix(image)}", image) + _member(f"{name}.cls", b"%d" % label)
+
+
+class ShardWriter:
+    """Writes samples into `folder` as `train-000000.tar`, `train-000001.tar`, ...
+
+    A shard ends before it would have more than `samples` samples or, with a second one, `size_bytes` bytes.
+    It is written under a temporary name and gets its own when it is complete and on disk, so that shards that
+    are there are whole, whatever happens. Nothing of time or user is stored: the same samples give the same
+    bytes. Sample number `first_sample` is the first to be added, to shard number `first_shard`.
+
+    Used as a context manager: leaving it by an exception removes the unfinished shard and keeps the others.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        samples: int = 10_000,
+        size_bytes: int = 1 << 30,
+        first_shard: int = 0,
+        first_sample: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._samples, self._size_bytes = samples, size_bytes
+        self._shard, self._sample = first_shard, first_sample
+        self._held = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, image: bytes, label: int) -> None:
+        """Append an encoded image and its label.
+
+        Raises ValueError for an empty image or a label that is not in [0, 2^63).
+        """
+        members = sample(self._sample, image, label)
+        if self._file is not None and (
+            self._held == self._samples or self._file.tell() + len(members) + len(END) > self._size_bytes
+        ):
+            self._finish()
+        if self._file is None:
+            self._file, self._held = open(self._partial, "wb"), 0
+        self._file.write(members)
+        self._held += 1
+        self._sample += 1
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f"{shard_name(self._shard)}.part"
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        self._file.write(END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self._folder / shard_name(self._shard))
+        self._file = None
+        self._shard += 1
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            # What a full disk kept from being written would be tried again, and fail again, on closing.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+
+def shard_name(number: int) -> str:
+    """The file name of shard `number`."""
+    return f"train-{number:06d}.tar"
+
+
+def _member(name: str, content: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
+
+
+def _suffix(image: bytes) -> str:
+    """jpg, unless the image begins as a PNG or WebP does."""
+    return next((name for name, signature in _SIGNATURES.items() if signature.match(image)), "jpg")

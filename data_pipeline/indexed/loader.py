@@ -1,0 +1,128 @@
+"""From a step number to a decoded batch: order, catalog, container and decoder, joined.
+
+The samples of a step are those of `batch.Share`. A sample whose record cannot be read or decoded is replaced
+by another of its step; see `quarantine`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from data_pipeline import augment, shuffle
+from data_pipeline.augment import Augmentation
+from data_pipeline.batch import Batch, RankSlice
+from data_pipeline.config import DataConfig
+from data_pipeline.decode import EncodedBatch
+from data_pipeline.formats.container import RecordError
+from data_pipeline.indexed.catalog import Catalog
+from data_pipeline.loader import LoaderBase
+from data_pipeline.quarantine import Quarantine, QuarantineError, substitutes
+
+# Samples whose records and augmentation are found at once.
+_PLANNED = 8192
+
+
+class Loader(LoaderBase):
+    """Iterates once, without end, over this rank's micro-batches, from the first of `first_step` on.
+
+    `device_id` is the GPU's number, None for the CPU; `ranks_on_node` divides the node's cores. Bad records
+    go to `quarantine`, which raises QuarantineError when they are too many.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        catalog: Catalog,
+        rank_slice: RankSlice,
+        *,
+        seed: int,
+        first_step: int,
+        ranks_on_node: int,
+        device_id: int | None,
+        quarantine: Quarantine,
+    ) -> None:
+        self._catalog, self._seed, self._blocks = catalog, seed, config.shuffle_blocks()
+        self._plan: tuple[int, np.ndarray, Augmentation] | None = None
+        self._chosen: dict[int, np.ndarray] = {}  # records of the micro-batches that are being decoded
+        super().__init__(
+            config,
+            rank_slice,
+            first=first_step * rank_slice.accumulation,
+            ranks_on_node=ranks_on_node,
+            device_id=device_id,
+            quarantine=quarantine,
+        )
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        i, images_BCHW = self._decoded()
+        label_B = torch.from_numpy(self._catalog.label_N[self._chosen.pop(i)])
+        return Batch(
+            images_BCHW,
+            label_B.to(images_BCHW.device, non_blocking=True),
+            torch.from_numpy(self._slice.samples(i)),
+        )
+
+    def labels_of_step(self, step: int) -> torch.Tensor:
+        """Labels int64 [global batch] of all samples of a step, those of the other ranks too."""
+        start = step * self._slice.global_batch
+        sample_N = np.arange(start, start + self._slice.global_batch, dtype=np.int64)
+        return torch.from_numpy(self._catalog.label_N[self._records(sample_N)])
+
+    def _records(self, sample_B: np.ndarray) -> np.ndarray:
+        return shuffle.record_of(self._seed, sample_B, len(self._catalog), self._blocks)
+
+    def _encoded(self, i: int) -> EncodedBatch:
+        sample_B = self._slice.samples(i)
+        record_B, augmentation = self._planned(i)
+        images = []
+        for row, record in enumerate(record_B):
+            image = self._readable(record)
+            if image is None:
+                record_B[row], image = self._substitute(int(sample_B[row]))
+            images.append(image)
+        self._chosen[i] = record_B
+        return images, augmentation
+
+    def _planned(self, i: int) -> tuple[np.ndarray, Augmentation]:
+        """Records and augmentation of a micro-batch; found for many at once, which costs little more."""
+        size = self._slice.micro_batch
+        count = max(1, _PLANNED // size)
+        first = i - i % count
+        if self._plan is None or self._plan[0] != first:
+            sample_N = np.concatenate([self._slice.samples(k) for k in range(first, first + count)])
+            changes = augment.of_samples(self._config.augment, self._seed, sample_N)
+            self._plan = first, self._records(sample_N), changes
+        rows = slice((i - first) * size, (i - first + 1) * size)
+        return self._plan[1][rows].copy(), self._plan[2].rows(rows)
+
+    def _readable(self, record: np.int64) -> np.ndarray | None:
+        """The record's encoded image; None if it is in quarantine, now or already."""
+        if int(record) in self._quarantine:
+            return None
+        try:
+            return self._catalog.image(int(record))
+        except RecordError as error:
+            self._quarantine_record(record, str(error))
+            return None
+
+    def _substitute(self, sample: int) -> tuple[np.int64, np.ndarray]:
+        """Another record of the sample's step, and its image."""
+        for other in substitutes(sample, self._slice.global_batch):
+            record = self._records(np.array([other]))[0]
+            image = self._readable(record)
+            if image is not None:
+                return record, image
+        raise QuarantineError(f"no sample of step {sample // self._slice.global_batch} can be read")
+
+    def _name_of(self, i: int, row: int) -> str:
+        return self._catalog.name_of(int(self._chosen[i][row]))
+
+    def _exclude(self, i: int, row: int, reason: str) -> None:
+        self._quarantine_record(self._chosen[i][row], reason)
+
+    def _quarantine_record(self, record: np.int64, reason: str) -> None:
+        self._quarantine.add(int(record), self._catalog.bad(int(record), reason))
