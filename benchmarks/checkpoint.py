@@ -1,24 +1,23 @@
-"""Saving a checkpoint: how long a step is held up, how long it takes in all, beside other ways, in one run.
+"""Benchmark of saving a checkpoint: delay of a step and total time, compared with other ways to save.
 
     python benchmarks/checkpoint.py --folder DIR --json benchmarks/results/checkpoint_cpu.json
 
 One rank with a head of `--classes` x `--dim` rows and their momentum, and an iresnet of `--depth` with its
-own. The sides take turns for `--rounds` rounds, each writing into a new folder in DIR, on a disk that has
-nothing left to write; times are medians over the rounds.
+own. The variants take turns for `--rounds` rounds. Each writes into a new folder in DIR after the disk has
+finished all earlier writes. Times are medians over the rounds.
 
-    raw           the same bytes from the same memory into one file, then fsync: a plain copy
-    raw, brisk    the same through trainer/checkpoint/checksummed_file.py's WriteThroughFile, as checkpoints
-                  are written
-    insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank,
-                  state dicts of the partial fc, the backbone and the optimizer; no fsync, as there; no sums,
-                  and a kill while it writes leaves a broken file under the final name
-    synchronous   trainer/checkpoint/sharded.py called by the training itself: sums, manifest, fsync, rename
-    beside        trainer/checkpoint/async_saver.py, as a training uses it: held up for the copy, written by
-                  a thread. The copy's memory is allocated before, and how long that takes is shown too
+    raw           the same bytes from the same memory into one file, then fsync
+    raw, brisk    the same through WriteThroughFile of trainer/checkpoint/checksummed_file.py, which
+                  checkpoints use
+    insightface   torch.save of the dictionary that train_v2.py of deepinsight/insightface saves on each rank:
+                  state dicts of the partial fc, the backbone and the optimizer. As there, without fsync and
+                  checksums; a kill during the write leaves a broken file under the final name
+    synchronous   trainer/checkpoint/sharded.py in the training's thread: checksums, manifest, fsync, rename
+    beside        trainer/checkpoint/async_saver.py, as in training: the step waits for the copy, and a thread
+                  writes it. The copy's memory is allocated before; the time for this is reported too
 
-Nothing is trained meanwhile: the total of `beside` is that of a machine with a core to spare. The expected
-shares of useful time that follow come from these measurements, benchmarks/goodput.py, and a restart that
-takes `--restart-s`.
+Nothing is trained meanwhile, so the total of `beside` is that of a machine with a free core. The goodput
+table is computed by benchmarks/goodput.py from these measurements and a restart time of `--restart-s`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ import torch.distributed as dist
 from benchmarks.goodput import best_interval, goodput
 from partial_fc.collectives import logical
 from trainer import backbones
-from trainer.backbones import BackboneConfig
 from trainer.checkpoint import sharded as checkpoint
 from trainer.checkpoint.async_saver import Saver
 from trainer.checkpoint.checksummed_file import WriteThroughFile
@@ -71,7 +69,9 @@ class Timing:
 
 def make_state(classes: int, dim: int, depth: int) -> State:
     """What a run of one rank saves, of random numbers."""
-    network = checkpoint.backbone_state(backbones.build(BackboneConfig(name="iresnet", depth=depth), 112))
+    network = checkpoint.backbone_state(
+        backbones.build(backbones.parse({"name": "iresnet", "depth": depth}), 112)
+    )
     rows = {name: torch.empty(classes, dim).normal_(std=0.01) for name in ("weight", "momentum")}
     return {
         **network,

@@ -1,24 +1,23 @@
-"""Training batches per second from one dataset: ours, the decoder's ceiling, and a PyTorch DataLoader's.
+"""Benchmark of the data pipeline: images per second, compared with DALI alone and a PyTorch DataLoader.
 
     python benchmarks/data.py --json benchmarks/results/data_cpu.json
     python benchmarks/data.py --device cuda --json benchmarks/results/data_h200.json
 
-The dataset is an InsightFace folder given by --data, or one of 20,000 painted faces, 112x112 JPEG of quality
-95, that is made once with `lgaf data synth` in --work. The sides:
-- ours: the Loader as training uses it, catalog, shuffled order, reading and decoding, augmentation off;
-- augmented: the same with flips and AdaFace's three augmentations at 0.2 each;
+The dataset is an InsightFace folder given by --data, or 20,000 synthetic faces (112x112 JPEG, quality 95),
+which `lgaf data synth` generates once in --work. The variants return float32 [batch, 3, 112, 112] in [-1, 1]:
+- ours: the Loader as in training (catalog, shuffled order, reading and decoding), without augmentation;
+- ours x10: the same on a union of ten copies of the dataset, so on ten times as many records;
+- augmented: ours with flips and AdaFace's three augmentations with probability 0.2 each;
 - ceiling: DALI decoding and normalising the same images from lists in memory, and nothing else;
-- dataloader: what InsightFace's `MXFaceDataset` does, in our words: a torch Dataset that seeks to a record of
-  train.rec by its index, decodes with Pillow, flips, makes a tensor, normalises; with worker processes.
-- trained: ours, consumed by forward and backward passes of an iresnet of `--depth` in bfloat16; `waiting` is
-  the share of the time in which it waited for images. Not among the default sides of a CPU.
-All deliver float32 [batch, 3, 112, 112] in [-1, 1].
+- dataloader: a reimplementation of InsightFace's `MXFaceDataset`: a torch Dataset that seeks to a record of
+  train.rec by its index, decodes with Pillow, flips, makes a tensor and normalises, with worker processes;
+- trained: ours, read by forward and backward passes of an iresnet of `--depth` in bfloat16; `waiting` is
+  the share of the time spent waiting for images. Not run by default on a CPU.
 
-Every side runs in a fresh process of its own, and the sides take turns for `--rounds` rounds; a process takes
-`--warm-up` batches and then times `--batches` of them; figures are medians over the rounds. `first batch` is
+Every variant runs in a new process, and the variants take turns for `--rounds` rounds. A process reads
+`--warm-up` batches and then times `--batches` of them. Figures are medians over the rounds. `first batch` is
 the time from opening the (warm) catalog or the file to the first batch, without the imports. `memory` is the
-growth of the process's own memory (RssAnon) from after the imports to the end. The side `ours x10` is
-ours on a union of ten copies of the dataset: ten times as many records.
+growth of the process's anonymous memory (RssAnon) from after the imports to the end.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.indexed.loader import Loader
 from data_pipeline.quarantine import Quarantine
 from trainer import backbones
-from trainer.backbones import BackboneConfig
 
 IDENTITIES, IMAGES_PER_IDENTITY = 2000, 10
 SIDES = ["ours", "ours x10", "augmented", "ceiling", "dataloader", "trained"]
@@ -106,7 +104,7 @@ def measure(case: Case) -> dict[str, float]:
 
 def training(case: Case) -> Callable[[torch.Tensor], None]:
     """A step of a network: forward, backward; a GPU is waited for one step later, as training does."""
-    config = BackboneConfig.model_validate({"name": "iresnet", "depth": case.depth})
+    config = backbones.parse({"name": "iresnet", "depth": case.depth})
     model = backbones.build(config, 112).to(case.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     losses: list[torch.Tensor] = []

@@ -1,14 +1,13 @@
-"""The share of its time that a run spends on steps that last, when it fails now and then.
+"""Goodput of a run with failures: the expected share of its time spent on steps that are not lost.
 
-Failures come at random with a mean time between them, M. After each, the run needs `restart_s` until it
-trains again, from its last checkpoint. Every `interval_s` of training it is held up for `hold_s`. The
-expected time from one checkpoint to the next is then, with failures also during restart and hold-up (J. T.
-Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006):
+Failures are random with mean time M between them. After a failure the run needs `restart_s` until it trains
+again from its last checkpoint. After every `interval_s` of training a save delays it by `hold_s`. With
+failures also during restart and save, the expected time from one checkpoint to the next is (J. T. Daly, "A
+higher order estimate of the optimum checkpoint interval for restart dumps", 2006):
 
     M exp(restart / M) (exp((interval + hold) / M) - 1)
 
-What is written beside the training counts only when it is written: the time for that is lost at each failure,
-as the restart is, so it belongs to `restart_s`.
+The time to write an asynchronous checkpoint is lost at each failure too, so it is part of `restart_s`.
 """
 
 from __future__ import annotations

@@ -1,33 +1,35 @@
-"""One training step of the class head, ours and InsightFace's: time and peak extra memory, in one run.
+"""Benchmark of one training step of the class head: time and peak extra memory, compared with InsightFace's.
 
     python benchmarks/head.py --insightface DIR --json benchmarks/results/head_cpu.json --threads 2
-One GPU of 140 GB (10 and 29 million identities, full softmax, batch 4096) is one command too:
+The same on one GPU of 140 GB (up to 29 million identities, full softmax, batch 4096):
     python benchmarks/head.py --device cuda --insightface DIR --json benchmarks/results/head_h200.json \
         --classes 500000 1000000 2000000 3000000 10000000 29000000 --batch 4096 --rate 1 \
         --sides streaming streaming,matrix_inputs=bf16 kernels kernels,moments=bf16 insightface
-DIR is a checkout of deepinsight/insightface or its recognition/arcface_torch; none of it is kept here.
+DIR is a checkout of deepinsight/insightface or its recognition/arcface_torch.
 
-A side is a backend of HeadConfig, further keys of it after commas, or `insightface`: its PartialFC_V2 and
-CombinedMarginLoss with torch's SGD, used as its train_v2.py does. All sides get the same weights, embeddings,
-labels, margin (its ArcFace, whose derivative is 1), learning rate, momentum and decay, and a process group of
-one rank; so at rate 1 they must find the same loss, and a side that does not is reported as failed.
-InsightFace multiplies in float32 on a CPU and in float16 on a GPU; `matrix_inputs` says what ours do. A step
-is forward, backward to the embeddings, and the update of the rows. On a CPU, where InsightFace's `.cuda()`
-calls would fail, these are made to return their tensor.
+`--sides` lists the variants: a backend of HeadConfig, with further keys of it after commas, or `insightface`,
+its PartialFC_V2 and CombinedMarginLoss with torch's SGD, called as its train_v2.py calls them. All variants
+get the same weights, embeddings, labels, margin (its ArcFace, whose derivative is 1), learning rate, momentum
+and decay, and a process group of one rank. At rate 1 they must therefore compute the same loss; a variant
+that does not is reported as failed. InsightFace multiplies in float32 on a CPU and in float16 on a GPU;
+`matrix_inputs` sets it for ours. A step is forward, backward to the embeddings, and the update of the rows.
+On a CPU InsightFace's `.cuda()` calls are replaced by functions that return their tensor.
 
-Every side runs in a fresh process of its own, and the sides take turns for `--rounds` rounds; a process takes
-a step to warm up and then `--repeats` timed ones; times are medians over all rounds. Extra memory is
-the peak over all of a process's steps, less the rows, their moments and the batch, largest of the rounds. On
-a GPU the peak is the allocator's. On a CPU it is the process's peak resident memory (VmHWM), which also sees
-what matrix libraries take and what the allocator keeps; the start it is counted from is read after a
-step of a few classes has loaded the libraries. A process may take 90 % of the memory that is free when it
-begins, and ends with an error beyond that: such a side is reported as not fitting. Unless the environment
-says otherwise, OpenMP's threads are bound to cores and spin while they wait: asleep, they wake too late for
-tiles that take under a millisecond (seen on two free cores, 100k classes: 0.8 s, not 1.4 s, streamed, and
-no difference for InsightFace's large operations). Where others use the cores too, spinning harms.
+Every variant runs in a new process, and the variants take turns for `--rounds` rounds. A process runs one
+step to warm up and then `--repeats` timed ones. Times are medians over all rounds. Extra memory is the peak
+over all steps of a process, minus rows, moments and batch, and the largest of the rounds is reported. On a
+GPU the peak is the allocator's. On a CPU it is the process's peak resident memory (VmHWM), which includes the
+memory of matrix libraries and of the allocator; its baseline is read after a step of a few classes has loaded
+the libraries. A process may use 90 % of the memory that is free at its start. A variant that exceeds this is
+reported as not fitting.
 
-Before the sides, the machine: the rate of a square product (float32; bfloat16 on a GPU) and of a large copy,
-against which docs/scaling.md holds the measured steps.
+Unless the environment overrides it, OpenMP's threads are bound to cores and spin while they wait. Sleeping
+threads wake too late for tiles that take under a millisecond (measured on two free cores, 100k classes,
+streaming: 0.8 s spinning, 1.4 s sleeping; no difference for InsightFace's large operations). On cores that
+other programs use too, spinning makes ours slower.
+
+First the machine is measured: the rate of a square product (float32; bfloat16 on a GPU) and of a large copy.
+docs/scaling.md compares the measured steps with these rates.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""What LGAF is worth on bad faces: networks trained alike on painted people, judged on other people.
+"""Benchmark of LGAF on degraded faces: networks trained alike on synthetic faces, tested on other identities.
 
     python benchmarks/quality.py --folder DIR --json benchmarks/results/quality_cpu.json
-    python benchmarks/quality.py --folder DIR --large --jobs 1       an R50, for one GPU: 100,000 people in 2
-                                                                        million pictures, painted meanwhile
+    python benchmarks/quality.py --folder DIR --large --jobs 1       an R50, for one GPU: 100,000 identities,
+                                                                        2 million images, generated meanwhile
 
-Each network of NETWORKS is trained with each seed by `lgaf train configs/quality.toml`, on the same pictures
-in the same order for a seed; a run that is there already is not repeated. The twin is a plain IResNet,
-widened until it needs at least as many operations as LGAF.
+Each network of NETWORKS is trained with each seed by `lgaf train configs/quality.toml`. For a seed, all
+networks see the same images in the same order. Finished runs are not repeated. The twin is a plain IResNet,
+widened until it needs at least as many operations as LGAF. Then each network is measured:
 
-    pictures    of people nobody was trained on, painted anew for each condition: sharp, or with one kind of
-                degradation in one of four strengths and nothing else changed; beside them a sharp reference
-    accuracy    every reference against every picture of a condition: 1 - equal error rate, TAR at FAR 1 %
-    norms       of both of LGAF's branches, and its attention, for each condition
-    advantage   how much better the local feature of a picture tells its person from others than the global
-                one does, and whether the attention knows
-    weights     the accuracy if LGAF gave everything the same weight instead, from the global branch alone to
-                the local one alone
+    images      held-out identities, generated for each condition: sharp, or with one kind of degradation in
+                one of four strengths and no other change; and a sharp reference image of each identity
+    accuracy    every reference against every image of a condition: 1 - equal error rate, TAR at FAR 1 %
+    norms       mean norms of both of LGAF's branches, and its attention, for each condition
+    advantage   how much better an image's local feature separates its identity from others than its global
+                feature, and the correlation of the attention with it
+    weights     the accuracy of LGAF with one constant weight in place of the attention, from the global
+                branch alone to the local branch alone
 
-Printed: both figures per kind of degradation, mean over strengths and seeds with the deviation over seeds,
-how far LGAF is ahead of its twin, where its attention goes, how far it is right, and what the best constant
-weight for each kind would gain. `--page` draws the norms and the attention.
+The output has both figures per kind of degradation (mean over strengths and seeds, deviation over seeds),
+LGAF's lead over its twin, the attention and its correlation with the advantage, and the gain of the best
+constant weight for each kind. `--page` plots the norms and the attention.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from data_pipeline.synthetic.render import paint
 from trainer import backbones
 from trainer import config as run_config
 from trainer.backbones import Backbone, BackboneConfig
+from trainer.backbones.iresnet import IResNetConfig
 from trainer.backbones.lgaf import LGAF
 from trainer.evaluation.metrics.verification import roc
 from trainer.inference.network import load_backbone
@@ -268,7 +269,8 @@ def twin_width(options: argparse.Namespace) -> int:
     config = configured(options, "lgaf")
     size, width = config.data.image_size, config.backbone.width
     goal = operations(config.backbone, size)
-    plain = config.backbone.model_copy(update={"name": "iresnet"})
+    shared = config.backbone.model_dump(include=set(IResNetConfig.model_fields) - {"name"})
+    plain = IResNetConfig(**shared)
     while operations(plain.model_copy(update={"width": width}), size) < goal:
         width += 1
     return width

@@ -1,13 +1,14 @@
-"""What a step of the sharded head costs: formulas, what was counted and measured, and what they predict.
+"""Cost model of a step of the sharded head: formulas, counts, measurements and predictions.
 
     python benchmarks/scaling.py --measured benchmarks/results/head_cpu.json
     python benchmarks/scaling.py --gpu h200 --batch-per-gpu 128 --gpus 8 64 1024 --classes 2000000 100000000
 
 Symbols: G rows of the global (micro-)batch, C classes, D embedding size, W ranks, r sample rate; R classes
-and S sampled classes of one rank. `docs/scaling.md` explains the formulas. First table: the bytes that real
-gloo ranks hand to their collectives, counted, beside the formulas. Second: times that `benchmarks/head.py`
-measured, beside the formulas with the rates of the same machine. Third: predictions for GPUs that nobody
-has measured here; they rest on the data sheet's figures and on assumed efficiency and latency, all options.
+and S sampled classes of one rank. `docs/scaling.md` explains the formulas. Three tables are printed:
+1. the bytes that gloo ranks pass to their collectives, counted, and the formulas;
+2. the times measured by `benchmarks/head.py`, and the formulas with the rates of the same machine;
+3. predictions for GPUs that have not been measured, from figures of the data sheet and from an assumed
+   efficiency and latency. All of these are options.
 """
 
 from __future__ import annotations

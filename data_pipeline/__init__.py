@@ -1,1 +1,1 @@
-"""From files on disk to decoded, augmented batches. Imports nothing of the project outside itself."""
+"""Training data: from files to decoded, augmented batches. Imports no other package of the project."""

@@ -1,10 +1,10 @@
-"""How sample p is augmented: a pure function of (seed, p); the pixels are changed in `decode`.
+"""Augmentation parameters of sample p, as a pure function of (seed, p); `decode` applies them to the pixels.
 
-Every change of an image has random numbers of its own, so that switching one on leaves the others as they
-were. Sizes and places are shares of the image's height and width.
+Every augmentation has its own random numbers, so that switching one on does not affect the others. Sizes and
+positions are shares of the image's height and width.
 
 Crop, low resolution and photometric follow AdaFace (Kim et al., "AdaFace: quality adaptive margin for face
-recognition", CVPR 2022), which makes each of the three on a fifth of the samples.
+recognition", CVPR 2022), which applies each of the three to a fifth of the samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data_pipeline.config import (
 )
 
 _STREAM = 2
-# DALI's numbers of nearest, linear, cubic, Lanczos and triangular: the last averages when scaling down
+# DALI numbers nearest, linear, cubic, Lanczos and triangular from 0; triangular averages when scaling down.
 _INTERPOLATIONS = 5
 
 Parameters = dict[str, np.ndarray]
@@ -37,14 +37,14 @@ _Numbers = Iterator[np.ndarray]
 
 
 class Augmentation(NamedTuple):
-    """One row per sample: mirror int32 (0 or 1), and the parameters of every change that the configuration
-    has switched on, by its key and in order; `on` (bool) says which samples are changed."""
+    """One row per sample: mirror int32 (0 or 1), and the parameters of every augmentation that the
+    configuration switches on, by its key and in order; `on` (bool) marks the samples that are changed."""
 
     mirror_B: np.ndarray
     changes: dict[str, Parameters]
 
     def rows(self, rows: slice) -> Augmentation:
-        """The augmentation of some of the samples."""
+        """Return the augmentation of some of the samples."""
         changes = {
             name: {key: value[rows] for key, value in parameters.items()}
             for name, parameters in self.changes.items()
@@ -53,7 +53,7 @@ class Augmentation(NamedTuple):
 
 
 def of_samples(config: AugmentConfig, seed: int, sample_B: np.ndarray) -> Augmentation:
-    """The augmentation of the samples at positions `sample_B` (int64) of the run's sequence."""
+    """Return the augmentation of the samples at positions `sample_B` (int64) of the run's sequence."""
     flip_B = philox.uniform(seed, sample_B, _STREAM)[0]
     changes = {}
     for number, (name, draw) in enumerate(_DRAWS.items()):
@@ -65,12 +65,12 @@ def of_samples(config: AugmentConfig, seed: int, sample_B: np.ndarray) -> Augmen
 
 
 def none(count: int) -> Augmentation:
-    """The augmentation that leaves `count` images as they are."""
+    """Return the augmentation that leaves `count` images unchanged."""
     return Augmentation(np.zeros(count, np.int32), {})
 
 
 def _numbers(seed: int, sample_B: np.ndarray, change: int) -> _Numbers:
-    """As many random float64 [B] in [0, 1) as one change of an image asks for."""
+    """Yield random float64 [B] in [0, 1) without end, for augmentation number `change`."""
     for part in itertools.count():
         yield from philox.uniform(seed, sample_B, _STREAM << 32 | change << 8 | part)
 
@@ -82,8 +82,8 @@ def _occlusion(config: OcclusionConfig, numbers: _Numbers) -> Parameters:
 
 
 def _crop(config: CropConfig, numbers: _Numbers) -> Parameters:
-    """What turns black: the strips above, below, left and right of a rectangle (the second and the fourth
-    end beyond the image, so that no rounding leaves a line at its edge)."""
+    """Return the black strips above, below, left and right of a rectangle. The strips below and right end
+    beyond the image, so that rounding leaves no line at its edge."""
     top_B, left_B, height_B, width_B = _rectangle(config, numbers)
     bottom_B, right_B, zero_B, one_B = top_B + height_B, left_B + width_B, 0 * top_B, 0 * top_B + 1
     return {
@@ -93,14 +93,14 @@ def _crop(config: CropConfig, numbers: _Numbers) -> Parameters:
 
 
 def _motion_blur(config: MotionBlurConfig, numbers: _Numbers) -> Parameters:
-    """A kernel [K, K] per sample, K odd and the same for all: a line through its middle, one pixel wide."""
+    """Return a kernel [K, K] per sample, K odd and the same for all: a central line, one pixel wide."""
     reach = math.ceil((config.length[1] - 1) / 2)
     y_K1, x_1K = np.ogrid[-reach : reach + 1, -reach : reach + 1]
     half_B11 = _between(config.length, next(numbers))[:, None, None] / 2
     angle_B11 = math.pi * next(numbers)[:, None, None]
     sin_B11, cos_B11 = np.sin(angle_B11), np.cos(angle_B11)
     along_BKK, across_BKK = x_1K * cos_B11 + y_K1 * sin_B11, y_K1 * cos_B11 - x_1K * sin_B11
-    # A pixel that the line covers in part counts in part.
+    # The weight of a pixel is the share of it that the line covers.
     kernel_BKK = np.clip(half_B11 + 0.5 - abs(along_BKK), 0, 1) * np.clip(1 - abs(across_BKK), 0, 1)
     return {"kernel": (kernel_BKK / kernel_BKK.sum((1, 2), keepdims=True)).astype(np.float32)}
 
@@ -118,7 +118,7 @@ def _low_resolution(config: LowResolutionConfig, numbers: _Numbers) -> Parameter
 
 
 def _photometric(config: PhotometricConfig, numbers: _Numbers) -> Parameters:
-    """Factors of brightness, contrast and saturation (1 is unchanged) and the hue's turn in degrees."""
+    """Return factors of brightness, contrast and saturation (1 is unchanged) and the hue angle in degrees."""
     centres_and_widths = {
         "brightness": (1, config.brightness),
         "contrast": (1, config.contrast),
@@ -153,7 +153,7 @@ _DRAWS: dict[str, Callable[[Any, _Numbers], Parameters]] = {
 
 
 def _rectangle(config: CropConfig | OcclusionConfig, numbers: _Numbers) -> tuple[np.ndarray, ...]:
-    """Top, left, height and width of a rectangle inside the image, of random area, aspect and place."""
+    """Return top, left, height and width of a rectangle in the image, of random area, aspect and position."""
     area_B = _between(config.area, next(numbers))
     low, high = config.aspect
     aspect_B = np.exp(_between((math.log(low), math.log(high)), next(numbers)))

@@ -1,12 +1,12 @@
-"""One micro-batch, and which samples of a step are a rank's.
+"""A micro-batch, and the division of a step's samples among ranks.
 
-Step t is the samples [t * G, (t + 1) * G) of one infinite sequence, G the global batch. It is cut into
-accumulation micro-batches m, and each of those over the W ranks:
+Step t consists of the samples [t * G, (t + 1) * G) of one infinite sequence, where G is the global batch. The
+step is split into accumulation micro-batches m, and each of them over the W ranks:
 
     t * G                                                    (t + 1) * G
     | m = 0: rank 0 | rank 1 | ... | rank W-1 | m = 1: rank 0 | ... |
 
-so that the samples of a step are the same on any number of ranks.
+The samples of a step are therefore the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class RankSlice(NamedTuple):
-    """Which part of every global batch is this rank's."""
+    """The part of every global batch that belongs to this rank."""
 
     rank: int
     world_size: int
@@ -37,7 +37,7 @@ class RankSlice(NamedTuple):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per step. Raises ValueError if the global batch cannot be split evenly."""
+        """Number of micro-batches per step. Raises ValueError if the global batch cannot be split evenly."""
         per_round = self.world_size * self.micro_batch
         if self.global_batch % per_round:
             raise ValueError(
@@ -48,7 +48,7 @@ class RankSlice(NamedTuple):
         return self.global_batch // per_round
 
     def samples(self, micro_batch_number: int) -> np.ndarray:
-        """Sample positions int64 [micro_batch] of this rank's n-th micro-batch, counted from step 0."""
+        """Return the sample positions int64 [micro_batch] of this rank's n-th micro-batch since step 0."""
         step, round_number = divmod(micro_batch_number, self.accumulation)
         start = step * self.global_batch
         start += (round_number * self.world_size + self.rank) * self.micro_batch
@@ -56,5 +56,5 @@ class RankSlice(NamedTuple):
 
 
 def default_threads(ranks_on_node: int) -> int:
-    """Decode threads of one rank: its part of the node's cores, or fewer if it is bound to fewer."""
+    """Return the decode threads of one rank: its share of the node's cores, or the cores it is bound to."""
     return min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // ranks_on_node))

@@ -1,11 +1,11 @@
-"""Encoded images and augmentation parameters in, normalised tensors out: the DALI graph.
+"""The DALI graph: it decodes and augments encoded images, and returns normalised tensors.
 
-The only import of nvidia.dali. The same graph decodes on the CPU (`device_id=None`) and, in DALI's mixed
-mode, on a GPU. What is decoded when is the caller's: `source(i)` is asked for micro-batch i = 0, 1, 2...,
-a few ahead of what is being read.
+This is the only module that imports nvidia.dali. The same graph decodes on the CPU (`device_id=None`) and, in
+DALI's mixed mode, on a GPU. The decoder calls `source(i)` for micro-batch i = 0, 1, 2..., a few ahead of the
+one that is being read.
 
-Nothing here is random, and nothing depends on the rest of the batch: every parameter comes with its sample.
-A change that the configuration leaves off is not in the graph; one that a sample does not get is passed by.
+The graph draws no random numbers: every sample brings its augmentation parameters. An augmentation that is
+switched off is not in the graph; a sample that does not get an augmentation bypasses its operators.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ EncodedBatch = tuple[list[np.ndarray], Augmentation]
 
 
 class UndecodableError(DecodeError):
-    """Images of a micro-batch that cannot be decoded: their reasons by row; names the first."""
+    """Error for undecodable images of a micro-batch: the reasons by row; the message names the first."""
 
     def __init__(self, name: str, reasons: dict[int, str]) -> None:
         super().__init__(name, next(iter(reasons.values())))
         self.reasons = reasons
 
 
-# An `if` on a value of the graph chooses the samples that go through the operators below it.
+# DALI turns an `if` on a value of the graph into a split of the batch, sample by sample.
 @pipeline_def(enable_conditionals=True)
 def _graph(
     source: Callable[[int], tuple], names: dict[str, list[str]], image_size: int, hw_decoder_load: float
@@ -44,14 +44,14 @@ def _graph(
     encoded, mirror, *values = fn.external_source(source, num_outputs=count, batch=True)
     images = _decoded(encoded, hw_decoder_load)
     shape = fn.peek_image_shape(encoded)
-    # Resizing takes as long as decoding, even where it changes nothing.
+    # Resizing takes as long as decoding, even if the size stays the same.
     if (shape[0] != image_size) | (shape[1] != image_size):
         images = fn.resize(images, resize_x=image_size, resize_y=image_size)
     for change, keys in names.items():
         parameters = {key: values.pop(0) for key in keys}
         if parameters["on"]:
             images = _changed(change, images, parameters, image_size)
-    # uint8 0..255 to [-1, 1], the range every published face-recognition recipe uses
+    # From uint8 0..255 to [-1, 1], the range that every published face-recognition recipe uses.
     normal = fn.crop_mirror_normalize(
         images, mirror=mirror, mean=[127.5] * 3, std=[127.5] * 3, dtype=types.FLOAT, output_layout="CHW"
     )
@@ -67,7 +67,7 @@ def _decoded(encoded: Any, hw_decoder_load: float) -> Any:
 
 @do_not_convert
 def _changed(change: str, images: Any, parameters: dict[str, Any], image_size: int) -> Any:
-    """Images uint8 HWC after one of `augment`'s changes; every operator exists for the CPU and the GPU."""
+    """Apply one augmentation to images uint8 HWC; every operator exists for the CPU and the GPU."""
     match change, parameters:
         case "occlusion", {"anchor": anchor, "shape": shape, "fill": fill}:
             return fn.erase(images, anchor=anchor, shape=shape, fill_value=fill, axes=[0, 1], normalized=True)
@@ -104,12 +104,13 @@ def _interpolation(number: Any) -> Any:
 
 
 class Decoder:
-    """Iterates once over images_BCHW (float32, RGB, [-1, 1]) of the micro-batches that `source` gives.
+    """Single-use iterator over images_BCHW (float32, RGB, [-1, 1]) of the micro-batches from `source`.
 
     `source(i)` returns the encoded images and their augmentation, or raises StopIteration after the last;
-    a batch may be smaller than `batch_size`. What else it raises ends the iteration, up to
-    `prefetch_batches` early. `name_of(i, row)` is how an error calls an image. `changes` is what the
-    augmentation was drawn from. `hw_decoder_load` is the share of the images that a GPU's JPEG hardware gets.
+    a batch may be smaller than `batch_size`. Any other exception from `source` ends the iteration, up to
+    `prefetch_batches` early. `name_of(i, row)` returns the name of an image for error messages. `changes` is
+    the configuration from which the augmentation is drawn. `hw_decoder_load` is the share of the images that
+    a GPU's JPEG hardware decodes.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Decoder:
         return self
 
     def __next__(self) -> torch.Tensor:
-        # On torch's stream, so that a GPU's buffer goes back to DALI only after torch's work with it is done.
+        # DALI runs on torch's stream and so reuses a GPU buffer only after torch's work on it is done.
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
             images, shapes = self._pipeline.run(stream)
@@ -153,11 +154,11 @@ class Decoder:
                 raise
             reasons = _reasons(self._source(self._next)[0], self._device_id)
             if not reasons:
-                raise  # no image's fault
+                raise  # every image can be decoded: the error has another cause
             raise self._undecodable(reasons) from error
         self._refuse_sizes(np.asarray(shapes.as_tensor())[:, :2])
         self._next += 1
-        # Not a copy: DALI's default executor leaves its outputs to whoever holds them.
+        # No copy is needed: DALI's default executor does not reuse an output that is still referenced.
         return torch.from_dlpack(images.as_tensor())
 
     def _refuse_sizes(self, side_B2: np.ndarray) -> None:
@@ -187,7 +188,7 @@ def _alone(source: Iterator[list[np.ndarray]], device: str) -> Any:
 
 
 def _reasons(encoded: list[np.ndarray], device_id: int | None) -> dict[int, str]:
-    """Which of the images cannot be decoded, and why: DALI names the operator that failed, not the image."""
+    """Return the rows that cannot be decoded, with reasons: DALI names the failed operator, not the image."""
     reasons: dict[int, str] = {}
     row = 0
     while row < len(encoded):
@@ -203,7 +204,7 @@ def _reasons(encoded: list[np.ndarray], device_id: int | None) -> dict[int, str]
             while row < len(encoded):
                 pipeline.run()
                 row += 1
-        except RuntimeError as error:  # after which a pipeline is of no more use
+        except RuntimeError as error:  # a pipeline cannot be used after an error
             reasons[row] = _reason(encoded[row], error)
             row += 1
     return reasons

@@ -1,7 +1,7 @@
-"""The base of both loaders: micro-batches decoded ahead, and decoded again without the rows that fail.
+"""The base class of both loaders: it decodes micro-batches ahead, and again without the rows that fail.
 
-`indexed/loader.py` reads samples by position, `streaming/loader.py` as they come. A sample whose record
-cannot be read or decoded is replaced by another; see `quarantine`.
+`indexed/loader.py` reads samples by position, `streaming/loader.py` in the order of their arrival. A sample
+whose record cannot be read or decoded is replaced by another sample; see `quarantine`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from data_pipeline.quarantine import Quarantine
 
 
 class LoaderBase:
-    """What loaders rank_slice: micro-batches asked for by number, decoded ahead, and again without bad rows.
+    """Base of the loaders: decodes micro-batches ahead by number, and decodes again without bad rows.
 
-    A subclass says what micro-batch i holds (`_encoded`), what a row of it is called (`_name_of`), and keeps
-    a bad row out from then on (`_exclude`). `first` is the number of the first micro-batch.
+    A subclass returns the encoded images of micro-batch i (`_encoded`) and the name of a row for messages
+    (`_name_of`), and excludes a bad row from then on (`_exclude`). `first` is the number of the first
+    micro-batch.
     """
 
     def __init__(
@@ -67,14 +68,14 @@ class LoaderBase:
         return self._encoded(i)
 
     def _decoded(self) -> tuple[int, torch.Tensor]:
-        """The number of the next micro-batch, and its images."""
+        """Return the number of the next micro-batch and its images."""
         while True:
             try:
                 images_BCHW = next(self._decoder)
             except UndecodableError as error:
                 for row, reason in error.reasons.items():
                     self._exclude(self._next, row, reason)
-                # Asks once more for this micro-batch and those after it, now without these rows.
+                # The new decoder requests this micro-batch and the following ones again, without these rows.
                 self._decoder = self._new_decoder()
             else:
                 self._next += 1

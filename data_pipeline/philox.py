@@ -1,8 +1,8 @@
-"""Random numbers without a generator: Philox4x32-10 as a pure, vectorised function of integers.
+"""Counter-based random numbers: Philox4x32-10 as a pure, vectorised function of integers.
 
-Every random choice of a run is `uniform(seed, position, stream)`: the same on any rank, in any order.
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; its published
-known-answer vectors are the test.
+Every random choice of a run is `uniform(seed, position, stream)`: it is the same on any rank, in any order.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the tests use its
+published known-answer vectors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _32 = np.uint64(32)
 
 
 def philox(counter_4N: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds of Philox4x32: uint32 words [4, N] from counters [4, N] and a key of two 32-bit words."""
+    """Return uint32 words [4, N] of Philox4x32-10 from counters [4, N] and a key of two 32-bit words."""
     c0, c1, c2, c3 = (row.astype(np.uint64) & _MASK for row in counter_4N)
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
     for _ in range(10):
@@ -27,7 +27,7 @@ def philox(counter_4N: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def words(seed: int, position_N: np.ndarray, stream: int) -> np.ndarray:
-    """Four random uint32 words for every position: [4, N]. `stream` keeps different uses apart."""
+    """Return four random uint32 words for every position: [4, N]. `stream` separates different uses."""
     position_N = np.asarray(position_N, np.uint64)
     counter_4N = np.stack(
         [
@@ -41,5 +41,5 @@ def words(seed: int, position_N: np.ndarray, stream: int) -> np.ndarray:
 
 
 def uniform(seed: int, position_N: np.ndarray, stream: int) -> np.ndarray:
-    """Four independent float64 numbers in [0, 1) for every position: [4, N]."""
+    """Return four independent float64 numbers in [0, 1) for every position: [4, N]."""
     return words(seed, position_N, stream) * 2.0**-32

@@ -1,9 +1,9 @@
-"""Records that cannot be read or decoded: left out, listed and counted, and borne only up to a share.
+"""Bad records, which cannot be read or decoded: they are skipped, listed, and tolerated up to a share.
 
     {run_dir}/quarantine.jsonl      one line per record: file, key, offset, reason
 
-Which sample takes the place of one whose record is bad is a function of positions alone (`substitutes`),
-so no rank has to be told what another found, and a continued run finds the same again.
+The substitute for a sample with a bad record is a function of positions alone (`substitutes`). So ranks need
+not exchange their bad records, and a resumed run chooses the same substitutes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# So many bad records are borne whatever the share: at the start of a run a share means nothing.
+# Number of bad records that is always tolerated: at the start of a run a share of the samples is too coarse.
 ALWAYS_BORNE = 10
 
 
 class BadRecord(NamedTuple):
-    """Where a record lies and why it cannot be used."""
+    """The position of a record, and the reason why it cannot be used."""
 
     file: str
     key: int
@@ -27,7 +27,7 @@ class BadRecord(NamedTuple):
     reason: str
 
     def line(self) -> str:
-        """As a line of a list of them."""
+        """Return the record as a line of quarantine.jsonl."""
         return json.dumps(self._asdict()) + "\n"
 
     def __str__(self) -> str:
@@ -35,14 +35,15 @@ class BadRecord(NamedTuple):
 
 
 class QuarantineError(ValueError):
-    """More records are bad than the configuration bears; names the first ten."""
+    """The number of bad records exceeds the configured share; the message names the first ten."""
 
 
 class Quarantine:
-    """The bad records that one process has met, out of `seen` samples it has asked for.
+    """The bad records that one process has found among its samples.
 
-    `path` is the list's file, to which the processes of a run append, each line in one write; None keeps it
-    in memory alone. Every process bears `max_share` of its samples, and ten records in any case.
+    `path` is the file of the list, to which all processes of a run append, each line in one write; with None
+    the list is only in memory. Every process tolerates `max_share` of its samples, and ten records in any
+    case.
     """
 
     def __init__(self, path: Path | None, max_share: float) -> None:
@@ -50,7 +51,7 @@ class Quarantine:
         self._found: dict[int, BadRecord] = {}
         self._seen = 0
         self._known_size = self._known_lines = 0
-        self._before = set() if path is None else _lines(path)  # of an earlier life of the run
+        self._before = set() if path is None else _lines(path)  # before a restart of the run
 
     def __len__(self) -> int:
         return len(self._found)
@@ -59,7 +60,7 @@ class Quarantine:
         return record in self._found
 
     def listed(self) -> int:
-        """Bad records that the processes of the run have listed so far; the file is read if it has grown."""
+        """Return the number of bad records listed by all processes; the file is read if it has grown."""
         if self._path is None:
             return len(self)
         size = self._path.stat().st_size if self._path.is_file() else 0
@@ -68,11 +69,11 @@ class Quarantine:
         return self._known_lines
 
     def count_seen(self, samples: int) -> None:
-        """Take note that so many more samples have been asked for."""
+        """Count `samples` more samples as requested."""
         self._seen += samples
 
     def add(self, record: int, bad: BadRecord) -> None:
-        """Leave a record out from now on. Raises QuarantineError if that is one too many."""
+        """Exclude a record from now on. Raises QuarantineError if the bad records exceed the limit."""
         if record in self._found:
             return
         self._found[record] = bad
@@ -86,17 +87,18 @@ class Quarantine:
         if len(self._found) > max(ALWAYS_BORNE, self._max_share * self._seen):
             first = list(self._found.values())[:10]
             raise QuarantineError(
-                f"{len(self._found)} of the first {self._seen} samples cannot be read or decoded, more than "
-                f"data.max_bad_share = {self._max_share:g} bears. Copy the dataset anew, run `lgaf data "
+                f"{len(self._found)} of the first {self._seen} samples cannot be read or decoded, which "
+                f"exceeds data.max_bad_share = {self._max_share:g}. Copy the dataset again, run `lgaf data "
                 "validate` on it, or raise the share. The first ten:\n"
                 + "\n".join(f"  {one}" for one in first)
             )
 
 
 def substitutes(sample: int, global_batch: int) -> Iterator[int]:
-    """The samples to try for `sample`: itself, then those after it in its step, around its end to its start.
+    """Yield the samples to try for `sample`: itself, then the following ones of its step, cyclically.
 
-    Within the step, because the classes of a step are known beforehand from the labels of its samples.
+    A substitute comes from the same step, because the set of classes of a step is computed beforehand from
+    the labels of its samples.
     """
     start = sample // global_batch * global_batch
     for i in range(global_batch):

@@ -1,15 +1,9 @@
-"""Which record is sample number p of the run: a permutation that is computed, not stored.
+"""The order of samples: the record of sample number p, by a permutation that is computed, not stored.
 
-Epoch e = p // N visits all N records once. O(1) memory and O(1) time for any position.
-
-Full shuffle: the order of a Feistel network keyed by (seed, e) over the smallest even number of bits that
-holds N; values beyond N are sent through again until they fall inside ("cycle walking"), which keeps it a
-permutation.
-
-Block shuffle, for disks and file systems that are fast only in sequence: such a permutation of blocks of
-neighbouring records, and then one of the samples inside each window of so many blocks. What is read for a
-window is a few long runs. The records that fill no block come last in their epoch; every epoch cuts
-the blocks at another place, so those are others each time.
+Epoch e = p // N visits all N records once. Any position takes O(1) memory and O(1) time. The full shuffle
+permutes all records with a Feistel network keyed by (seed, e). The block shuffle is for disks and file
+systems that are fast only for sequential reads: it permutes blocks of neighbouring records, and then the
+samples inside each window of blocks, so that a window is read as a few long runs.
 """
 
 from __future__ import annotations
@@ -32,15 +26,15 @@ class Blocks(NamedTuple):
 
 
 def record_of(seed: int, position_N: np.ndarray, records: int, blocks: Blocks | None = None) -> np.ndarray:
-    """Record ids [N] int64 in [0, records) of the samples at `position_N` of the infinite sequence.
+    """Return record ids [N] int64 in [0, records) of the samples at `position_N` of the infinite sequence.
 
-    Without `blocks`, fully shuffled. Raises ValueError for an empty dataset or a negative position.
+    Without `blocks`, the shuffle is full. Raises ValueError for an empty dataset or a negative position.
     """
     position_N = np.asarray(position_N, np.int64)
     if records < 1:
-        raise ValueError(f"the order of {records} records: at least one is needed")
+        raise ValueError(f"expected at least one record to shuffle, found {records}")
     if (position_N < 0).any():
-        raise ValueError("sample positions start at 0")
+        raise ValueError(f"expected sample positions that start at 0, found {int(position_N.min())}")
     epoch_N, within_N = np.divmod(position_N, records)
     if blocks is None:
         return _permuted(seed, _RECORDS, epoch_N, within_N, records, records)
@@ -57,9 +51,11 @@ def _in_blocks(
     number_N = epoch_N * windows + window_N
     place_N = window_N * mixed + _permuted(seed, _WINDOWS, number_N, at_N, size_N, mixed)
     whole = records // blocks.size
+    # The records that fill no whole block come last in their epoch.
     block_N, at_N = np.divmod(place_N, blocks.size)
     is_whole_N = block_N < whole
     block_N[is_whole_N] = _permuted(seed, _BLOCKS, epoch_N[is_whole_N], block_N[is_whole_N], whole, whole)
+    # Every epoch starts its blocks at another offset, so that the records that come last differ.
     cut_N = philox.words(seed, epoch_N, _CUTS << 32)[0] % np.uint32(blocks.size)
     return (block_N * blocks.size + at_N + cut_N.astype(np.int64)) % records
 
@@ -67,12 +63,13 @@ def _in_blocks(
 def _permuted(
     seed: int, stream: int, key_N: np.ndarray, value_N: np.ndarray, size_N: np.ndarray | int, largest: int
 ) -> np.ndarray:
-    """Where the permutation of [0, size) that belongs to (seed, stream, key) sends each value: int64.
+    """Return the image int64 of each value under the permutation of [0, size) of (seed, stream, key).
 
-    `largest` bounds all sizes that can occur: the network's width must not depend on who is asked for.
+    `largest` bounds all sizes that can occur: the network's width must not depend on the requested values.
     """
     key_N, value_N = key_N.astype(np.uint64), value_N.astype(np.uint64)
     half_bits = max(1, (max(largest - 1, 1).bit_length() + 1) // 2)
+    # Cycle walking: a value outside [0, size) passes the network again, which keeps the map a permutation.
     outside_N = np.ones(len(value_N), bool)
     while outside_N.any():
         value_N[outside_N] = _feistel(seed, stream, key_N[outside_N], value_N[outside_N], half_bits)
@@ -81,7 +78,7 @@ def _permuted(
 
 
 def _feistel(seed: int, stream: int, key_N: np.ndarray, value_N: np.ndarray, half_bits: int) -> np.ndarray:
-    """One pass of the network over 2 * half_bits bits; a bijection for every key."""
+    """Apply the network once to 2 * half_bits bits; it is a bijection for every key."""
     mask = np.uint64((1 << half_bits) - 1)
     left_N, right_N = value_N >> np.uint64(half_bits), value_N & mask
     for round_number in range(_ROUNDS):

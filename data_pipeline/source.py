@@ -1,8 +1,8 @@
-"""Where training samples come from: datasets with a catalog, or shards that are streamed from afar.
+"""Sources of training samples: datasets with a catalog, and shards streamed from a server.
 
-What a run asks of either: how many classes, what tells it from another, a loader from a step on, and some
-faces to show. The two differ in what a run has to remember: of a catalog nothing but the step, of a stream
-the cursor, in which every rank has a row.
+Either kind has a number of classes and an identity that distinguishes it from other training sets; it creates
+a loader that starts at a given step, and returns some images to show. They differ in the state that a
+checkpoint must hold: for a catalog only the step, for a stream also the cursor, which has a row per rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_pipeline.streaming.samples import first_cursor, shard_urls
 
 
 class LoaderContext(NamedTuple):
-    """Where a loader runs and begins; `cursor` [ranks, 2] is that of a checkpoint, None without one."""
+    """The rank and the start of a loader; `cursor` [ranks, 2] comes from a checkpoint, None without one."""
 
     rank_slice: RankSlice
     seed: int
@@ -36,7 +36,7 @@ class LoaderContext(NamedTuple):
 
 
 class Source(Protocol):
-    """A training set. `images` is None where only its end would tell how many they are."""
+    """A training set. `images` is the number of images, None if it is unknown before the end of a stream."""
 
     num_classes: int
     images: int | None
@@ -50,17 +50,17 @@ class Source(Protocol):
     ) -> Loader | RemoteLoader: ...
 
     def faces(self, count: int) -> list[tuple[bytes, str]]:
-        """Encoded images from all over the set with their captions; none of a stream."""
+        """Return encoded images spread over the set, with captions; an empty list for a stream."""
         ...
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that the configuration names. Raises ValueError for what cannot be trained on."""
+    """Return the source that the configuration names. Raises ValueError if it cannot be used for training."""
     return RemoteSource(config) if config.shards else CatalogSource(config)
 
 
 class CatalogSource:
-    """Datasets whose records can be found by number."""
+    """Datasets with random access: a record is found by its number."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
@@ -87,7 +87,7 @@ class CatalogSource:
         )
 
     def faces(self, count: int) -> list[tuple[bytes, str]]:
-        """Two of each of some identities, if they have as many."""
+        """Return two images each of identities spread over the set; a single image is returned twice."""
         label_N, found = self._catalog.label_N, []
         for record in np.linspace(0, len(label_N) - 1, count // 2).astype(int).tolist():
             same = np.flatnonzero(label_N == label_N[record]).tolist()
@@ -96,13 +96,13 @@ class CatalogSource:
                 try:
                     image = self._catalog.image(chosen).tobytes()
                 except RecordError:
-                    continue  # it is in quarantine, which says more
+                    continue  # training lists bad records in quarantine.jsonl
                 found.append((image, f"identity {label_N[chosen]}"))
         return found
 
 
 class RemoteSource:
-    """Shards of which nothing is known before they are read."""
+    """Streamed shards, whose number of samples is unknown."""
 
     images: int | None = None
 

@@ -1,1 +1,1 @@
-"""The sharded margin-softmax classifier. Imports nothing of the project outside itself."""
+"""The sharded margin-softmax classifier. Imports no other package of this project."""

@@ -1,13 +1,13 @@
-"""The head's dealings with other ranks, and its only calls of torch.distributed.
+"""The head's collectives: the only module of the package that calls torch.distributed.
 
-    gather           emb_BD, label_B, norm_BK -> the same of all ranks     one all-gather
+    gather           emb_BD, label_B, norm_BK -> those of all ranks        one all-gather
     reduce_targets   target cosines of a shard -> those of all classes     one all-reduce of 8 G bytes
     reduce_softmax   lse_G, target_G of a shard -> those of all classes    one all-reduce of 16 G bytes
     scatter          partial grad_GD -> complete grad_BD                   one reduce-scatter
     logical          rows of a shard -> the one tensor of all classes      no communication
 
 Shapes: B rows of a rank, G = W x B rows of all W ranks, R of C classes. No byte count depends on C.
-Everywhere `group` is explicit; None means a single process, and nothing is sent.
+Every function takes its `group`; None means a single process, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-# PyTorch 2.13 renamed these two and warns at every call by the old name, which is all that 2.11 knows.
+# PyTorch 2.13 renamed these two and warns at every call of the old names, the only ones of PyTorch 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -34,16 +34,16 @@ class Gathered(NamedTuple):
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's rank in the group and the group's size."""
+    """Return this process's rank in the group and the group's size."""
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def gather(emb_BD: Tensor, label_B: Tensor, norm_BK: Tensor, group: dist.ProcessGroup | None) -> Gathered:
-    """Embeddings, labels and K further numbers per row (K may be 0) from all ranks, bit for bit.
+    """Return embeddings, labels and K further numbers per row (K may be 0) of all ranks, bit for bit.
 
-    All ranks must bring the same shapes and types. One call, because its latency is what counts: the
-    three travel as the bytes of one row.
+    All ranks must pass the same shapes and dtypes.
     """
+    # Latency dominates, so there is one collective: the three parts are packed as the bytes of one row.
     parts = (emb_BD.detach(), label_B[:, None], norm_BK.detach())
     if group is None:
         return Gathered(parts[0], label_B, parts[2])
@@ -58,14 +58,14 @@ def gather(emb_BD: Tensor, label_B: Tensor, norm_BK: Tensor, group: dist.Process
 
 
 def _unpack(bytes_GN: Tensor, like_BM: Tensor) -> Tensor:
-    """The numbers [G, M] in a column of bytes; a copy, so that they begin where their type may."""
+    """Return the numbers [G, M] stored in a column of bytes, copied to memory aligned for their dtype."""
     numbers_GM = like_BM.new_empty(len(bytes_GN), like_BM.shape[1])
     numbers_GM.view(torch.uint8).copy_(bytes_GN)
     return numbers_GM
 
 
 def scatter(grad_GD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over ranks of `grad_GD`, of which every rank keeps its own B rows."""
+    """Sum `grad_GD` over the ranks and return this rank's B rows."""
     if group is None:
         return grad_GD
     grad_BD = grad_GD.new_empty(len(grad_GD) // group.size(), *grad_GD.shape[1:])
@@ -74,7 +74,10 @@ def scatter(grad_GD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reduce_targets(cos_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Target cosines float64 [G] known to all ranks, from those of every shard, 0 where it is elsewhere."""
+    """Return the target cosines, float64 [G], on all ranks.
+
+    `cos_G` holds those of this shard, and 0 for rows whose target is on another rank.
+    """
     cos_G = cos_G.double()
     if group is not None:
         dist.all_reduce(cos_G, group=group)
@@ -84,12 +87,12 @@ def reduce_targets(cos_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def reduce_softmax(
     others_lse_G: Tensor, target_G: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over all classes but the target, and target logit, both float64 [G], from every shard's.
+    """Return the log-sum-exp over all classes but the target and the target logit, both float64 [G].
 
-    A shard without other classes brings lse -inf; one that does not own a row's target brings target 0.
-    In float64 the exponential of any logit that HeadConfig allows is in range, so no maximum has to be
-    agreed on first, and a plain sum does for both.
+    A shard without other classes passes lse -inf; a shard that does not own a row's target passes target 0.
     """
+    # In float64 the exponential of any logit that HeadConfig allows is in range: a plain sum reduces both,
+    # and no common maximum has to be reduced first.
     sums_2G = torch.stack([others_lse_G.double().exp(), target_G.double()])
     if group is not None:
         dist.all_reduce(sums_2G, group=group)
@@ -97,9 +100,10 @@ def reduce_softmax(
 
 
 def logical(local_RD: Tensor, num_classes: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The [C, D] tensor of which `local_RD` is this rank's part, sharing its memory.
+    """Return the [C, D] tensor of which `local_RD` is this rank's shard; both share memory.
 
-    A DTensor, which torch.distributed.checkpoint writes and reads in ranges; without a group, the tensor.
+    With a group it is a DTensor, which torch.distributed.checkpoint writes and reads in ranges. Without a
+    group it is `local_RD` itself.
     """
     if group is None:
         return local_RD

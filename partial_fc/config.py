@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from partial_fc.margin import AnyMargin, ArcFaceConfig
+
 # bfloat16 holds 8 binary digits: a moment that fades by less than this share of itself stays where it is.
 _BF16_LEAST_FADE = 2**-7
 # Up to here float32 holds exp(logit), its sum over 2^31 classes, and all that matters beside the largest of a
@@ -13,97 +15,12 @@ _BF16_LEAST_FADE = 2**-7
 FLOAT32_MAX_SCALE = 64.0
 
 
-class CombinedConfig(BaseModel):
-    """The logit cos(m1 theta + m2) - m3 of the target; used by kind = "combined"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    m1: float = Field(1.0, ge=1, le=4, description="factor of the angle, SphereFace's margin")
-    m2: float = Field(0.3, ge=0, le=2, description="added to the angle, ArcFace's margin, radians")
-    m3: float = Field(0.2, ge=0, le=2, description="taken off the cosine, CosFace's margin")
-
-
-class AdaFaceConfig(BaseModel):
-    """How the embedding's norm shapes the margin; used by kind = "adaface"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    h: float = Field(0.333, ge=0, description="change of the margin, in m, per standard deviation of norm")
-    momentum: float = Field(
-        0.01, gt=0, le=1, description="share of the newest step in the running statistics of the norms"
-    )
-
-
-class MagFaceConfig(BaseModel):
-    """The margin as a line over the embedding's norm, and what pulls norms up; used by kind = "magface"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    norm_low: float = Field(10.0, gt=0, description="norm up to which the margin is m_low")
-    norm_high: float = Field(110.0, gt=0, description="norm from which on the margin is m_high")
-    m_low: float = Field(0.45, ge=0, le=2, description="margin of the lowest quality, radians")
-    m_high: float = Field(0.8, ge=0, le=2, description="margin of the highest quality, radians")
-    regulariser: float = Field(35.0, ge=0, description="weight of the regulariser of the norms in the loss")
-
-    @model_validator(mode="after")
-    def _norms_rise(self) -> MagFaceConfig:
-        if self.norm_low >= self.norm_high:
-            raise ValueError(
-                f"expected norm_low below norm_high, found {self.norm_low:g} and {self.norm_high:g}"
-            )
-        return self
-
-
-class CurricularFaceConfig(BaseModel):
-    """How fast hard negatives gain weight; used by kind = "curricularface"."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    momentum: float = Field(
-        0.01, gt=0, le=1, description="share of the newest step in the running mean of the target's cosine"
-    )
-
-
-class MarginConfig(BaseModel):
-    """How much harder the target class is made than the others."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal[
-        "arcface",
-        "arcface-straight-through",
-        "cosface",
-        "combined",
-        "adaface",
-        "magface",
-        "curricularface",
-    ] = Field(
-        "arcface",
-        description="arcface: m is added to the target's angle; arcface-straight-through: the same with a "
-        "derivative of 1, as InsightFace computes it; cosface: m is taken off the cosine; combined: both and "
-        "a factor; adaface, magface: by the embedding's norm; curricularface: arcface, and harder negatives",
-    )
-    m: float = Field(
-        0.5,
-        ge=0,
-        le=2,
-        description="size of the margin: radians; cosine for cosface, usually 0.35 to 0.4; both for adaface, "
-        "usually 0.4; unused by combined and magface",
-    )
-    combined: CombinedConfig = Field(CombinedConfig(), description="the three margins of combined")
-    adaface: AdaFaceConfig = Field(AdaFaceConfig(), description="the norms' part in adaface")
-    magface: MagFaceConfig = Field(MagFaceConfig(), description="the norms' part in magface")
-    curricularface: CurricularFaceConfig = Field(
-        CurricularFaceConfig(), description="the curriculum of curricularface"
-    )
-
-
 class HeadConfig(BaseModel):
     """The margin softmax over all identities, sharded over the ranks, and how its rows are trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    margin: MarginConfig = Field(MarginConfig(), description="margin of the target class")
+    margin: AnyMargin = Field(ArcFaceConfig(), description="margin of the target class")
     # Sums of exponentials travel between ranks as float64 without a common maximum: 200 keeps them in range.
     scale: float = Field(64.0, gt=0, le=200, description="factor from cosine to logit")
     sample_rate: float = Field(

@@ -1,7 +1,7 @@
 """The margin softmax in plain PyTorch: all logits [G, S] at once, gradients by autograd.
 
-The twin with which tests and benchmarks compare, in the same three phases as `streaming`, on small code that
-is easy to believe: nothing here is derived by hand but the share of this rank in the softmax of all.
+It is the reference that tests and benchmarks compare the other backends with, in the same three phases as
+`streaming`. Only one derivative is written by hand: this rank's part in the log-sum-exp over all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from partial_fc.sampling import Sample
 
 @dataclass(frozen=True)
 class LocalSoftmax:
-    """One batch against this rank's classes; all but the sample carry their graph."""
+    """Softmax of one batch over this rank's classes; all tensors carry their autograd graph."""
 
     others_lse_G: Tensor
     target_G: Tensor
@@ -30,7 +30,7 @@ class LocalSoftmax:
 
 
 class Dense:
-    """See above; each method does what the one of the same name does in `streaming.Streaming`."""
+    """Reference backend; the methods are documented in `streaming.Streaming`."""
 
     def __init__(self, margin: Margin, scale: float, interclass_filter: float | None) -> None:
         self._margin = margin
@@ -41,12 +41,19 @@ class Dense:
 
     @torch.enable_grad()
     def local_softmax(
-        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+        self,
+        weight_RD: Tensor,
+        sample: Sample,
+        emb_GD: Tensor,
+        target_position_G: Tensor,
+        known_cos_G: Tensor | None,
     ) -> LocalSoftmax:
         emb_GD = emb_GD.detach().requires_grad_()
         weight_SD = weight_RD.detach()[sample.rows].requires_grad_()
         cos_GS = _unit(emb_GD) @ _unit(weight_SD).T
-        is_target_GS = torch.arange(len(sample), device=label_G.device) == label_G[:, None]
+        is_target_GS = (
+            torch.arange(len(sample), device=target_position_G.device) == target_position_G[:, None]
+        )
         is_here_G = is_target_GS.any(1)
         norm_G = emb_GD.norm(dim=1)
         target_G = self._margin.target((cos_GS * is_target_GS).sum(1), norm_G).logit_G * is_here_G
@@ -65,7 +72,7 @@ class Dense:
         )
 
     def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        # Of lse over all ranks, this rank's other classes hold exp(their lse - lse): so does its gradient.
+        # d(lse over all ranks) / d(this rank's lse) = exp(this rank's lse - lse over all ranks).
         others_part_G = (local.others_lse_G.detach() - lse_G).exp()
         target_part_G = (local.target_G.detach() - lse_G).exp() - 1
         grad_GD, grad_SD = torch.autograd.grad(
@@ -88,7 +95,7 @@ class Dense:
 
 
 def _unit(vector_ND: Tensor) -> Tensor:
-    """Unit vectors; zeros stay zeros and have no gradient."""
+    """Return unit vectors; zero vectors stay zero and receive no gradient."""
     norm_N1 = vector_ND.norm(dim=1, keepdim=True)
     is_zero_N1 = norm_N1 == 0
     return torch.where(is_zero_N1, 0, vector_ND / norm_N1.masked_fill(is_zero_N1, 1))

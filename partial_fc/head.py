@@ -1,14 +1,11 @@
-"""The classifier of all identities, sharded over the ranks: it owns the class rows and orders the parts.
+"""The margin-softmax classifier over all identities, sharded over the ranks.
 
 One training step is A micro-batches and one update:
     first:    begin_step
     for each: collectives.gather -> forward_backward -> collectives.scatter -> backbone's backward
-    then:     step, or skip_step if a number is not finite
-`begin_step` settles which classes take part: it is told the labels of the whole step, since the classes of
-the last micro-batch are negatives of the first. `forward_backward` works with the rows as they are and
-remembers the batch; `step` finds the weight gradient of all batches remembered, tile by tile, and moves each
-tile's rows at once. So A micro-batches give what their concatenation would, to rounding, and a gradient of
-the size of the weight exists at no time.
+    then:     step, or skip_step after non-finite values
+`forward_backward` keeps the batch; `step` computes the weight gradient of all kept batches tile by tile and
+updates each tile's rows at once. No gradient of the size of the weight is ever allocated.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from partial_fc import collectives, margin, optim, partition, sampling
+from partial_fc import collectives, optim, partition, sampling
 from partial_fc.config import FLOAT32_MAX_SCALE, HeadConfig
 from partial_fc.dense import Dense
 from partial_fc.margin import Margin
@@ -38,12 +35,17 @@ _BLOCK = 1024
 
 
 class MarginSoftmax(Protocol):
-    """The seam between the head and its backends; `streaming.Streaming` says what the three phases do."""
+    """Interface between the head and its backends; `streaming.Streaming` documents the three phases."""
 
     def local_softmax(
-        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+        self,
+        weight_RD: Tensor,
+        sample: Sample,
+        emb_GD: Tensor,
+        target_position_G: Tensor,
+        known_cos_G: Tensor | None,
     ) -> Any:
-        """Anything with `others_lse_G` and `target_G`, for the next phase."""
+        """Return an object with `others_lse_G` and `target_G`, passed on to the next phase."""
         ...
 
     def embedding_gradient(self, local: Any, lse_G: Tensor, row_weight_G: Tensor) -> Tensor: ...
@@ -54,7 +56,7 @@ class MarginSoftmax(Protocol):
 
 
 class _Observed(NamedTuple):
-    """What the margin's statistics will want of a micro-batch at the end of the step."""
+    """Values of one micro-batch that update the margin's running statistics at the end of the step."""
 
     cos_G: Tensor
     norm_G: Tensor
@@ -62,7 +64,7 @@ class _Observed(NamedTuple):
 
 
 class LabelError(ValueError):
-    """A label that the head cannot take: in which `row` of the gathered batch, and what the `problem` is."""
+    """Invalid label: its `row` in the gathered batch and the `problem`."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(f"row {row} of the gathered batch {problem}")
@@ -70,10 +72,11 @@ class LabelError(ValueError):
 
 
 class PartialFC:
-    """Margin softmax over `num_classes` identities, of which each rank of `group` owns a range.
+    """Margin softmax over `num_classes` identities; each rank of `group` owns a range of them.
 
-    `weight_RD` [classes of this rank, embedding_size] starts as normal numbers of standard deviation 0.01
-    that depend on (seed, class) alone, so on no world size. `dtype` is that of rows, moments and arithmetic.
+    `weight_RD` [classes of this rank, embedding_size] is drawn from a normal distribution with standard
+    deviation 0.01. The draw is a function of (seed, class) alone, so it is the same for any world size.
+    `dtype` is the dtype of rows, moments and arithmetic.
     """
 
     def __init__(
@@ -89,17 +92,18 @@ class PartialFC:
     ) -> None:
         if num_classes < 1 or embedding_size < 1:
             raise ValueError(
-                f"a head of {num_classes} classes and embedding size {embedding_size}: "
-                "expected at least 1 of each"
+                f"expected at least 1 class and embedding size 1, found {num_classes} classes and "
+                f"embedding size {embedding_size}"
             )
         self.num_classes = num_classes
         self.classes = partition.class_range(num_classes, *collectives.rank_and_size(group))
         self.weight_RD = torch.empty(len(self.classes), embedding_size, dtype=dtype, device=device)
         _fill_initial(self.weight_RD, self.classes, seed)
         self._optimizer = optim.build(config, self.weight_RD)
-        self._margin = margin.build(config.margin, device)
+        self._margin = config.margin.build(device)
         self._softmax = _softmax(config, self._margin, self.weight_RD)
         self._sample_rate, self._seed = config.sample_rate, seed
+        self.is_sampled = config.sample_rate < 1
         self._sample = Sample(len(self.classes)) if config.sample_rate == 1 else None
         self._label_N: Tensor | None = None
         self._observed: list[_Observed] = []
@@ -107,13 +111,14 @@ class PartialFC:
 
     @torch.no_grad()
     def begin_step(self, step: int, label_N: Tensor | None) -> None:
-        """Settle which classes take part in step number `step`, and begin it.
+        """Start step number `step` and select the classes that take part in it.
 
-        label_N: int64, the labels of all samples of the step: of all ranks, all micro-batches, in any order;
-        -1 stands for none. Their classes take part, and those that a hash of (seed, step, class) draws: the
-        same on any number of ranks. Without sampling, all classes do: then label_N is not looked at and may
-        be None.
+        label_N: int64, the labels of all samples of the step: of all ranks and all micro-batches, in any
+        order; -1 marks an ignored row. The labels' classes take part, and so do the classes drawn by a hash
+        of (seed, step, class). The set is the same on any number of ranks. Without sampling all classes take
+        part, and label_N is unused and may be None.
         """
+        # The whole step's labels are needed: classes of the last micro-batch are negatives of the first.
         if self._sample_rate < 1:
             assert label_N is not None, "sampling needs the labels of the step"
             self._label_N = label_N.to(self.weight_RD.device)
@@ -123,28 +128,28 @@ class PartialFC:
     def forward_backward(
         self, emb_GD: Tensor, label_G: Tensor, *, share: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Loss and embedding gradient of one gathered micro-batch, the same batch on all ranks.
+        """Return loss and embedding gradient of one gathered micro-batch, which is the same on all ranks.
 
-        emb_GD: [G, D], not normalised. label_G: int64 [G], classes, or -1 for rows to be ignored, which add
-        neither loss nor gradient. share: the micro-batch's part in the step, 1 / A.
+        emb_GD: [G, D], not normalised. label_G: int64 [G], classes; rows with label -1 are ignored and
+        contribute neither loss nor gradient. share: the micro-batch's weight in the step, 1 / A.
 
         Returns the mean loss over the counted rows of this micro-batch (a scalar, equal on all ranks, not
-        times `share`), and d(share * loss) / d(emb_GD), summed over the classes of *this* rank only:
-        `collectives.scatter` completes it. Both in the head's dtype. An embedding of zeros has no gradient.
-        If the loss is not finite, no number of the gradient is: who takes the gradient need not look at both.
+        multiplied by `share`) and d(share * loss) / d(emb_GD), summed over the classes of *this* rank only:
+        `collectives.scatter` completes the sum. Both are in the head's dtype. A zero embedding has no
+        gradient. If the loss is non-finite, so is every entry of the gradient: callers check only one.
 
         The step's loss is the sum of share * loss over its micro-batches, each averaged over its own counted
-        rows. With a different number of ignored rows in each, a row in a micro-batch that ignores many
-        weighs more than it would in one large batch; without any counted row, loss and gradient are 0.
+        rows. If the micro-batches have different numbers of ignored rows, a row in a micro-batch with many
+        of them weighs more than in one large batch. Without any counted row, loss and gradient are 0.
 
-        Raises ValueError for shapes and types other than these and, naming the row, for a label that is out
-        of range or that `begin_step` was not told of.
+        Raises ValueError for other shapes or dtypes. Raises LabelError, which names the row, for a label that
+        is out of range or was not passed to `begin_step`.
         """
         self._check(emb_GD, label_G)
-        assert self._sample is not None, "begin_step comes first"
+        assert self._sample is not None, "begin_step has to be called first"
         is_counted_G = label_G != IGNORE
         counted = is_counted_G.sum(dtype=torch.float64).clamp(min=1)
-        # Zeros instead of what an ignored row holds, so that not even a NaN in it can spread.
+        # Ignored rows are set to zero, so that a NaN in one of them cannot propagate.
         emb_GD = emb_GD.to(self.weight_RD.dtype).masked_fill(~is_counted_G[:, None], 0)
         position_G = self._sample.position_of(self._row_of(label_G))
         norm_G, cos_G = torch.linalg.vector_norm(emb_GD, dim=1), None
@@ -169,7 +174,10 @@ class PartialFC:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Move this rank's rows by the gradient of all micro-batches since the last step; forget these."""
+        """Update this rank's rows by the gradient of all micro-batches since the last step; drop these.
+
+        To rounding, the result is that of one batch with all their rows.
+        """
         for rows, grad_TD in self._softmax.weight_gradients(self.weight_RD):
             self._optimizer.update(rows, grad_TD, learning_rate)
         if self._observed:
@@ -177,15 +185,15 @@ class PartialFC:
         self._end_step()
 
     def skip_step(self) -> None:
-        """Forget all micro-batches since the last step; rows, moments and statistics stay as they are."""
+        """Drop all micro-batches since the last step; rows, moments and statistics stay unchanged."""
         self._softmax.forget()
         self._end_step()
 
     def logical_state(self) -> dict[str, Tensor]:
-        """`weight` and the moments, each as the one tensor of all C classes, and the margin's statistics.
+        """Return `weight` and moments, each as one tensor over all C classes, and the margin's statistics.
 
-        All on the live memory; DTensors where there is a group: torch.distributed.checkpoint saves them, and
-        loads them in place from what any other number of ranks has saved.
+        The tensors share memory with the head. With a group they are DTensors: torch.distributed.checkpoint
+        saves them and loads them in place from a checkpoint of any number of ranks.
         """
         local = {"weight": self.weight_RD, **self._optimizer.state}
         return {
@@ -201,13 +209,13 @@ class PartialFC:
             self._sample = self._label_N = None
 
     def _target_cosines(self, emb_GD: Tensor, position_G: Tensor) -> Tensor:
-        """Of the rows whose target is here; 0 for the others."""
+        """Return the target cosines; 0 for rows whose target is on another rank."""
         assert self._sample is not None
         target_unit_GD = target_units(self.weight_RD, self._sample, position_G)
         return (unit(emb_GD)[0] * target_unit_GD).sum(1).where(position_G >= 0, 0)
 
     def _row_of(self, label_G: Tensor) -> Tensor:
-        """The row of each label in this rank's shard, -1 where it is on another rank or ignored."""
+        """Return the row of each label in this rank's shard, -1 where it is on another rank or ignored."""
         is_here_G = (label_G >= self.classes.start) & (label_G < self.classes.stop)
         return torch.where(is_here_G, label_G - self.classes.start, -1)
 
@@ -218,7 +226,7 @@ class PartialFC:
                 f"expected embeddings [G, {width}] and int64 labels [G], found embeddings "
                 f"{list(emb_GD.shape)} and {label_G.dtype} labels {list(label_G.shape)}"
             )
-        # Every rank sees the same labels, so all raise or none: nobody is left waiting in a collective.
+        # Every rank checks the same labels, so all ranks raise or none: no rank hangs in a collective.
         _refuse(
             (label_G < IGNORE) | (label_G >= self.num_classes),
             label_G,
@@ -229,7 +237,7 @@ class PartialFC:
             _refuse(
                 (label_G != IGNORE) & ~torch.isin(label_G, self._label_N),
                 label_G,
-                f"begin_step was not told of it, expected one of the step's {len(self._label_N)} labels",
+                f"expected one of the {len(self._label_N)} labels that were passed to begin_step",
             )
 
 
@@ -243,15 +251,13 @@ def _softmax(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> MarginSof
     inputs = config.matrix_inputs
     if config.backend == "dense":
         if inputs not in ("auto", "fp32"):
-            raise ValueError(
-                f"backend = dense multiplies in fp32: expected matrix_inputs = auto or fp32, found {inputs}"
-            )
+            raise ValueError(f"backend = dense: expected matrix_inputs = auto or fp32, found {inputs}")
         return Dense(chosen, config.scale, config.interclass_filter)
     common = (chosen, config.scale, config.interclass_filter, config.tile)
     if config.backend == "kernels" or (config.backend == "auto" and weight_RD.is_cuda):
         obstacle = _obstacle_to_kernels(config, chosen, weight_RD)
         if obstacle is None:
-            from partial_fc.kernels import Kernels  # needs Triton, which not everyone has
+            from partial_fc.kernels import Kernels  # needs Triton, an optional package
 
             return Kernels(*common, "bf16" if inputs == "auto" else inputs, config.deterministic)
         if config.backend == "kernels":
@@ -260,7 +266,7 @@ def _softmax(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> MarginSof
 
 
 def _obstacle_to_kernels(config: HeadConfig, chosen: Margin, weight_RD: Tensor) -> str | None:
-    """What `kernels` would need and what there is instead; None if it can be used."""
+    """Return the unmet requirement of `kernels` and the value found; None if it can be used."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton, found none"
     if weight_RD.is_cuda:
@@ -274,17 +280,17 @@ def _obstacle_to_kernels(config: HeadConfig, chosen: Margin, weight_RD: Tensor) 
     if config.matrix_inputs == "fp32":
         return "matrix_inputs = bf16 or tf32, found fp32"
     if chosen.modifies_negatives:
-        return f"a margin that leaves other classes as they are, found {config.margin.kind}"
+        return f"a margin that does not modify negatives, found {config.margin.kind}"
     if config.scale > FLOAT32_MAX_SCALE:
         return f"scale <= {FLOAT32_MAX_SCALE:g}, where exp(logit) fits float32, found {config.scale:g}"
     return None
 
 
 def _fill_initial(weight_RD: Tensor, classes: range, seed: int) -> None:
-    """Fill the rows of `classes` with normal numbers, each row a function of (seed, class).
+    """Fill the rows of `classes` with normal numbers; each row is a function of (seed, class).
 
-    Philox keyed by the seed, its counter's high word the block of classes: one call makes a block, and a
-    block that is shared with a neighbour rank is made by both.
+    The generator is Philox, keyed by the seed, with the block of classes as the counter's high word. One call
+    draws a block. Two ranks whose ranges meet inside a block both draw it.
     """
     width = weight_RD.shape[1]
     for block in range(classes.start // _BLOCK, -(-classes.stop // _BLOCK)):

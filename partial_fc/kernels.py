@@ -1,28 +1,14 @@
 """The margin softmax in Triton, for GPUs: the three phases of `streaming` over larger tiles.
 
-Shapes: G rows (embeddings), R classes of this rank, T in a tile, D the embedding size. Per tile:
-    1. _unit_rows        weight rows, those of a sample picked out -> unit rows [T, D] in the matrix type
+Phases 1 and 3 launch per tile (G rows, T classes in a tile, D the embedding size):
+    1. _unit_rows        weight rows, sampled or all -> unit rows [T, D] in the matrix dtype
        _exponentials     x w^T fused with scale, filter, target, exponential and the sums of rows -> [G, T]
-       Products          [G, T] x [T, D]: the weighted sum of unit rows, which becomes the embedding gradient
-    3. _unit_rows, _exponentials again, now as p = exp(logit - lse)
-       Products          [T, G] x [G, D]: the gradient by the unit rows
+       Products          [G, T] x [T, D]: the weighted sum of unit rows, later the embedding gradient
+    3. _unit_rows, _exponentials again as p = exp(logit - lse)
+       Products          [T, G] x [G, D]: the gradient with respect to the unit rows
        _through_unit     projects it through the normalisation of the rows, in place
-Targets, G of them, are dealt with in plain PyTorch and float32, margin and all.
-
-Why the exponentials are written out, in the matrix type, instead of staying in registers as in flash
-attention: a float32 accumulator [rows, 512] leaves room for blocks of 64 rows only, which ask the L2 cache
-of an H100 for more than it delivers. Written out, they cost 4 bytes of traffic a logit, during products of
-2048 FLOP a logit, and the second product is one that cuBLAS runs at full speed; it is also cuBLAS that splits
-its long sum over the processors. Unit rows are made once per tile for the same reason: G / 128 programs would
-otherwise each normalise and round the same rows. All this is calculated, not yet measured.
-The rows are updated by `optim`, tile by tile: it knows all optimizers and types of moments, and knows them
-once.
-
-No running maximum is kept: cosines end at 1, and up to a scale of `FLOAT32_MAX_SCALE` float32 holds
-exp(logit), its sum over 2^31 classes, and all that matters beside the largest of a row even if that one is at
--scale. No sum uses atomics. Only the choice of block sizes, by timing, can change a sum's order from run to
-run; `deterministic` fixes them.
-Memory: about `_TILE_BYTES`, and D numbers of the matrix type for each row that is remembered.
+Targets are computed in plain PyTorch and float32 (`targets`), and rows are updated by `optim`.
+Memory: about `_TILE_BYTES`, and D numbers of the matrix dtype for each kept row.
 """
 
 from __future__ import annotations
@@ -44,7 +30,7 @@ from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
 from partial_fc.targets import Targets
 
-# Long enough to hide a tile's dozens of launches, small beside the memory of any GPU.
+# A tile of this size runs long enough to hide its dozens of launches, and is small for any GPU's memory.
 _TILE_BYTES = 1 << 28
 _LEAST_BLOCK_T = 64
 _ROW_NUMBERS = 4096
@@ -56,7 +42,7 @@ _LOG2_E = math.log2(math.e)
 def _picked(
     rows_ptr: tl.tensor, position_T: tl.tensor, is_row_T: tl.tensor, SAMPLED: tl.constexpr
 ) -> tl.tensor:
-    """The row at each position: by the list if the classes are sampled, else the same number."""
+    """Return the row at each position: from the list if the classes are sampled, else the position itself."""
     if SAMPLED:
         return tl.load(rows_ptr + position_T, is_row_T, other=0)
     return position_T.to(tl.int64)
@@ -74,7 +60,7 @@ def _unit_rows(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Unit rows in the type of `unit_ptr`, and 1 / norm; zeros stay so, with 1 / norm set to 0."""
+    """Write unit rows in the dtype of `unit_ptr`, and 1 / norm. A zero row stays zero, with 1 / norm 0."""
     position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column_D = tl.arange(0, BLOCK_D)
     is_row_T = position_T < T
@@ -101,7 +87,7 @@ def _through_unit(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """`scale` times the gradient by the rows, from that by their unit rows, in place."""
+    """Replace the gradient with respect to unit rows by `scale` times that of the rows, in place."""
     position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column_D = tl.arange(0, BLOCK_D)
     is_row_T = position_T < T
@@ -138,17 +124,27 @@ def _exponentials(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """2^(log2_scale cosine - log2_offset) [G, T], 0 where filtered out, `at_target` at the target.
+    """Write 2^(log2_scale cosine - log2_offset) [G, T], 0 where filtered out, `at_target` at the target.
 
-    With sums, those of BLOCK_T classes are added to a line [G] of their own in `sum_ptr` [lines, G].
-    Both phases run this very code in the same blocks, so they come to the same cosines, bit for bit, and the
-    filter leaves out the same classes.
+    With sums, the sum over each BLOCK_T classes is added to its own line [G] of `sum_ptr` [lines, G].
+    Both phases run the same code in the same blocks, so their cosines are equal bit for bit, and the filter
+    excludes the same classes.
     """
+    # Exponentials are written to memory, in the matrix dtype, and do not stay in registers as in flash
+    # attention: a float32 accumulator [rows, 512] leaves room for blocks of 64 rows only, which need more L2
+    # bandwidth than an H100 has. Written, they cost 4 bytes of traffic per logit, during products of 2048
+    # FLOP per logit, and cuBLAS runs the second product at full speed and splits its long sum over the
+    # processors. Calculated, not yet measured.
+    # No running maximum is kept: cosines end at 1, and up to a scale of FLOAT32_MAX_SCALE float32 holds
+    # exp(logit), its sum over 2^31 classes, and every term that counts beside a row's largest, even if the
+    # largest logit is -scale.
+    # No sum uses atomics. Only block sizes tuned by timing can change a sum's order from run to run, and
+    # `deterministic` fixes them.
     blocks_G = tl.cdiv(G, BLOCK_G)
     line = tl.program_id(0) // blocks_G
     row_G = tl.program_id(0) % blocks_G * BLOCK_G + tl.arange(0, BLOCK_G)
     column_T = line * BLOCK_T + tl.arange(0, BLOCK_T)
-    # Rows beyond the end are the last one again: loads need a mask over D only, or none.
+    # Rows beyond the end read the last row again: loads need a mask over D only, or none.
     row_at_G = tl.minimum(row_G, G - 1).to(tl.int64) * D
     column_at_T = tl.minimum(column_T, T - 1).to(tl.int64) * D
     offset_D = tl.arange(0, BLOCK_D)
@@ -165,12 +161,12 @@ def _exponentials(
         cos_GT = tl.dot(x_GD.to(DOT_TYPE), w_DT.to(DOT_TYPE), cos_GT, input_precision="tf32")
 
     is_row_G, is_column_T = row_G < G, column_T < T
-    label_G = tl.load(label_ptr + row_G, is_row_G, other=-1)
+    target_position_G = tl.load(label_ptr + row_G, is_row_G, other=-1)
     log2_offset_G = tl.load(log2_offset_ptr + row_G, is_row_G, other=0.0)
     at_target_G = tl.load(at_target_ptr + row_G, is_row_G, other=0.0)
     exp_GT = tl.exp2(cos_GT * log2_scale - log2_offset_G[:, None])
     exp_GT = tl.where(cos_GT > filter_above, 0.0, exp_GT)
-    exp_GT = tl.where((start + column_T)[None, :] == label_G[:, None], at_target_G[:, None], exp_GT)
+    exp_GT = tl.where((start + column_T)[None, :] == target_position_G[:, None], at_target_G[:, None], exp_GT)
     at_GT = exp_ptr + row_G.to(tl.int64)[:, None] * exp_stride + column_T[None, :]
     tl.store(at_GT, exp_GT.to(exp_ptr.dtype.element_ty), is_row_G[:, None] & is_column_T[None, :])
     if WITH_SUMS:
@@ -184,7 +180,7 @@ def _blocks(rows: int, classes: int, depth: int, warps: int, stages: int) -> tri
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
-# Those whose buffers exceed a GPU's shared memory drop out by themselves.
+# Triton drops configurations whose buffers exceed the GPU's shared memory.
 _tuned_exponentials = triton.autotune(
     configs=[
         _blocks(128, 256, 64, 8, 3),
@@ -203,38 +199,38 @@ _tuned_exponentials = triton.autotune(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one batch as the matrix units take them."""
+    """The rows of one batch as inputs of the matrix units."""
 
-    unit_GD: Tensor  # in the matrix type
-    label_G: Tensor  # position in the sample, -1 where the target is not here
+    unit_GD: Tensor  # in the matrix dtype
+    target_position_G: Tensor  # position in the sample, -1 where the target is on another rank
 
 
 @dataclass(frozen=True)
 class LocalSoftmax:
-    """One batch against this rank's classes: what phase 1 leaves for the other two."""
+    """Result of phase 1 for one batch and this rank's classes, read by the other two phases."""
 
-    others_lse_G: Tensor  # over this rank's classes but the target; -inf without any
+    others_lse_G: Tensor  # over this rank's classes except the target; -inf if there are none
     target_G: Tensor  # target logit with margin; 0 where the target is on another rank
     targets: Targets
-    weighted_sum_GD: Tensor  # of exp(logit) w_j, targets left out
+    weighted_sum_GD: Tensor  # of exp(logit) w_j, without the targets
     rows: _Rows
     sample: Sample
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a batch needs to be remembered for until the rows are updated."""
+    """Values of a batch that are kept until the rows are updated."""
 
     rows: _Rows
     log2_offset_G: Tensor  # 2^(log2 logit - offset) is the row's weight times p
-    residual_G: Tensor  # the target's gradient by its cosine over scale: weight (p - 1) slope
+    residual_G: Tensor  # d(loss) / d(target cosine) / scale: weight (p - 1) slope
 
 
 class Kernels:
-    """See above; each method does what the one of the same name does in `streaming.Streaming`.
+    """Backend in Triton; the methods are documented in `streaming.Streaming`.
 
-    Weights are float32; `matrix_inputs` is what the matrix units are fed, and they sum in float32.
-    Margins that bend the other classes are not for this backend, nor are scales above `FLOAT32_MAX_SCALE`.
+    Weights are float32; `matrix_inputs` is the dtype of the matrix units' inputs, and they sum in float32.
+    Margins that modify negatives and scales above `FLOAT32_MAX_SCALE` are not supported.
     """
 
     def __init__(
@@ -260,11 +256,16 @@ class Kernels:
 
     @torch.no_grad()
     def local_softmax(
-        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+        self,
+        weight_RD: Tensor,
+        sample: Sample,
+        emb_GD: Tensor,
+        target_position_G: Tensor,
+        known_cos_G: Tensor | None,
     ) -> LocalSoftmax:
         assert known_cos_G is None
-        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, label_G)
-        rows = _Rows(targets.unit_GD.to(self._product.dtype).contiguous(), label_G)
+        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, target_position_G)
+        rows = _Rows(targets.unit_GD.to(self._product.dtype).contiguous(), target_position_G)
         sum_G, weighted_sum_GD = self._sums_of_others(weight_RD, sample, rows)
         return LocalSoftmax(sum_G.log(), targets.logit_G, targets, weighted_sum_GD, rows, sample)
 
@@ -293,12 +294,12 @@ class Kernels:
             yield rows, tile.gradient(self._scale)
 
     def forget(self) -> None:
-        """Drop the remembered batches."""
+        """Drop the kept batches."""
         self._batches = []
 
     def _sums_of_others(self, weight_RD: Tensor, sample: Sample, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """Sums over the classes but the targets: of exp(logit) [G], and of exp(logit) w_j [G, D]."""
-        count = len(rows.label_G)
+        """Return the sums over all classes but the target: of exp(logit) [G] and of exp(logit) w_j [G, D]."""
+        count = len(rows.target_position_G)
         most = self._tile_of(count, weight_RD)
         lines = triton.cdiv(min(most, len(sample)), _LEAST_BLOCK_T)
         sum_LG = weight_RD.new_zeros(lines, count)
@@ -320,18 +321,18 @@ class Kernels:
         sum_LG: Tensor | None,
     ) -> Tensor:
         (G, D), T = rows.unit_GD.shape, len(tile.unit_TD)
-        # Lines begin where the wide loads of the matrix units can.
+        # Each line is padded to 64 entries, so that it is aligned for the wide loads of the matrix units.
         exp_GT = rows.unit_GD.new_empty(G, triton.cdiv(T, 64) * 64)[:, :T]
         arguments = (
-            *(rows.unit_GD, tile.unit_TD, rows.label_G, log2_offset_G, at_target_G, exp_GT),
-            # Without sums never touched, but of the type that the tuned blocks are remembered by.
+            *(rows.unit_GD, tile.unit_TD, rows.target_position_G, log2_offset_G, at_target_G, exp_GT),
+            # Without sums a placeholder, never accessed; its dtype is part of the autotuner's cache key.
             log2_offset_G if sum_LG is None else sum_LG,
             *(G, T, start, exp_GT.stride(0), self._scale * _LOG2_E, self._filter_above),
         )
         options = {
             "D": D,
             "WITH_SUMS": sum_LG is not None,
-            # The interpreter multiplies the bits of bf16 as if they were integers.
+            # Triton's interpreter multiplies the bits of bf16 as integers.
             "DOT_TYPE": tl.bfloat16 if exp_GT.is_cuda and exp_GT.dtype == torch.bfloat16 else tl.float32,
         }
 
@@ -345,15 +346,19 @@ class Kernels:
         return exp_GT
 
     def _tile_of(self, rows: int, weight_RD: Tensor) -> int:
-        """Classes per tile; by default a multiple of 128 whose buffers come to `_TILE_BYTES`."""
+        """Return the classes per tile; by default a multiple of 128 whose buffers take `_TILE_BYTES`."""
         matrix_bytes, width = self._product.dtype.itemsize, weight_RD.shape[1]
-        # Exponentials and unit rows, the gradient, and what the optimizer computes with.
+        # Exponentials and unit rows, then the gradient and the optimizer's temporaries.
         bytes_per_class = matrix_bytes * (rows + width) + 4 * 3 * width
         return self._tile or max(1, _TILE_BYTES // bytes_per_class // 128) * 128
 
 
 class _Tile:
-    """Some rows of the weight as unit rows, and the gradient by them."""
+    """Some rows of the weight as unit rows, and the gradient with respect to them.
+
+    Unit rows are computed once per tile: inside `_exponentials`, G / 128 programs would each normalise and
+    round the same rows.
+    """
 
     def __init__(self, weight_RD: Tensor, rows: Rows, matrix_type: torch.dtype) -> None:
         self._is_sampled = isinstance(rows, Tensor)
@@ -366,11 +371,11 @@ class _Tile:
         self._launch(_unit_rows, self._weight, self._rows, self.unit_TD, self._inverse_norm_T, count)
 
     def add_gradient(self, grad_TD: Tensor) -> None:
-        """Take over a gradient by the unit rows over scale."""
+        """Add a gradient with respect to the unit rows, divided by scale; the first is kept uncopied."""
         self._grad_TD = grad_TD if self._grad_TD is None else self._grad_TD.add_(grad_TD)
 
     def gradient(self, scale: float) -> Tensor:
-        """The gradient by the rows."""
+        """Return the gradient with respect to the rows."""
         assert self._grad_TD is not None
         pointers = (self._grad_TD, self._weight, self._rows, self._inverse_norm_T)
         self._launch(_through_unit, *pointers, len(self.unit_TD), scale)

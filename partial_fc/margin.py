@@ -5,20 +5,20 @@
     penalty    a loss of the norm alone (MagFace only)
     observe    once per step: running statistics (AdaFace, CurricularFace), which a checkpoint keeps
 
-A margin is one small class. Derivatives are written out because the streamed softmax does without autograd;
-tests hold them against float64 autograd over all cosines. Statistics move at the end of a step, so that the
-micro-batches of a step see the same ones, those of the steps before, and the same on all ranks.
+A margin is one small class, with its configuration before it; a new one stands anywhere above `AnyMargin`,
+which offers every configuration by its `kind`. Derivatives are written out because the streamed softmax works
+without autograd; tests compare them with float64 autograd over all cosines. Statistics move at the end of a
+step, so that its micro-batches see the same ones, those of the steps before, and the same on all ranks.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
-
-from partial_fc.config import AdaFaceConfig, MagFaceConfig, MarginConfig
 
 NEAR_POLE = 1e-6
 
@@ -63,6 +63,40 @@ class Margin:
         """
 
 
+class MarginConfig(BaseModel):
+    """The keys of a margin; a subclass names its `kind`, adds its keys and builds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+
+    def build(self, device: torch.device | str) -> Margin:
+        """Return the margin; its statistics are on `device`."""
+        raise NotImplementedError
+
+
+class CombinedConfig(MarginConfig):
+    """The logit cos(m1 theta + m2) - m3 of the target."""
+
+    kind: Literal["combined"] = Field("combined", description="a factor, an angle and a cosine")
+    m1: float = Field(1.0, ge=1, le=4, description="factor of the angle, SphereFace's margin")
+    m2: float = Field(0.3, ge=0, le=2, description="added to the angle, ArcFace's margin, radians")
+    m3: float = Field(0.2, ge=0, le=2, description="subtracted from the cosine, CosFace's margin")
+
+    def build(self, device: torch.device | str) -> Margin:
+        return Combined(self.m1, self.m2, self.m3)
+
+
+class ArcFaceConfig(MarginConfig):
+    """An angle that is added to the target's."""
+
+    kind: Literal["arcface"] = Field("arcface", description="m is added to the target's angle")
+    m: float = Field(0.5, ge=0, le=2, description="margin, radians")
+
+    def build(self, device: torch.device | str) -> Margin:
+        return Combined(1, self.m, 0)
+
+
 class Combined(Margin):
     """cos(m1 theta + m2) - m3; (m1, m2, m3) = (1, m, 0) is ArcFace, (m, 0, 0) SphereFace.
 
@@ -78,6 +112,18 @@ class Combined(Margin):
         return Target(moved.cos_G - self.m3, moved.dlogit_dcos_G)
 
 
+class ArcFaceStraightThroughConfig(MarginConfig):
+    """ArcFace's margin as InsightFace differentiates it."""
+
+    kind: Literal["arcface-straight-through"] = Field(
+        "arcface-straight-through", description="arcface with a derivative of 1, as InsightFace computes it"
+    )
+    m: float = Field(0.5, ge=0, le=2, description="margin, radians")
+
+    def build(self, device: torch.device | str) -> Margin:
+        return ArcFaceStraightThrough(self.m)
+
+
 class ArcFaceStraightThrough(Combined):
     """ArcFace's logit with a derivative of 1, as InsightFace's, whose margin autograd does not see."""
 
@@ -87,6 +133,16 @@ class ArcFaceStraightThrough(Combined):
     def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
         shift_G = (super().target(cos_G, norm_G).logit_G - cos_G).detach()
         return Target(cos_G + shift_G, torch.ones_like(cos_G))
+
+
+class CosFaceConfig(MarginConfig):
+    """A cosine that is subtracted from the target's."""
+
+    kind: Literal["cosface"] = Field("cosface", description="m is subtracted from the target's cosine")
+    m: float = Field(0.5, ge=0, le=2, description="margin, cosine; usually 0.35 to 0.4")
+
+    def build(self, device: torch.device | str) -> Margin:
+        return CosFace(self.m)
 
 
 class CosFace(Margin):
@@ -100,6 +156,20 @@ class CosFace(Margin):
         return Target(cos_G - self.m, torch.ones_like(cos_G))
 
 
+class AdaFaceConfig(MarginConfig):
+    """A margin of angle and cosine that the embedding's norm shifts."""
+
+    kind: Literal["adaface"] = Field("adaface", description="an angle and a cosine by the embedding's norm")
+    m: float = Field(0.5, ge=0, le=2, description="margin, radians and cosine; usually 0.4")
+    h: float = Field(0.333, ge=0, description="change of the margin, in m, per standard deviation of norm")
+    momentum: float = Field(
+        0.01, gt=0, le=1, description="share of the newest step in the running statistics of the norms"
+    )
+
+    def build(self, device: torch.device | str) -> Margin:
+        return AdaFace(self.m, self.h, self.momentum, device)
+
+
 class AdaFace(Margin):
     """cos(theta - m q) - m (1 + q), where q in [-1, 1] is the embedding's norm, standardised, as its quality.
 
@@ -111,9 +181,9 @@ class AdaFace(Margin):
     NORMS = (1e-3, 100.0)
     SMALL = 1e-3
 
-    def __init__(self, m: float, config: AdaFaceConfig, device: torch.device | str) -> None:
+    def __init__(self, m: float, h: float, momentum: float, device: torch.device | str) -> None:
         super().__init__()
-        self.m, self.h, self.momentum = m, config.h, config.momentum
+        self.m, self.h, self.momentum = m, h, momentum
         self.state = {"norm_mean": _scalar(20.0, device), "norm_std": _scalar(100.0, device)}
 
     def target(self, cos_G: Tensor, norm_G: Tensor) -> Target:
@@ -132,6 +202,28 @@ class AdaFace(Margin):
         share = self.momentum * (count > 1)
         _follow(self.state["norm_mean"], mean, share)
         _follow(self.state["norm_std"], variance.sqrt(), share)
+
+
+class MagFaceConfig(MarginConfig):
+    """The margin as a line over the embedding's norm, and the regulariser that pulls norms up."""
+
+    kind: Literal["magface"] = Field("magface", description="an angle that rises with the embedding's norm")
+    norm_low: float = Field(10.0, gt=0, description="norm up to which the margin is m_low")
+    norm_high: float = Field(110.0, gt=0, description="norm from which on the margin is m_high")
+    m_low: float = Field(0.45, ge=0, le=2, description="margin of the lowest quality, radians")
+    m_high: float = Field(0.8, ge=0, le=2, description="margin of the highest quality, radians")
+    regulariser: float = Field(35.0, ge=0, description="weight of the regulariser of the norms in the loss")
+
+    @model_validator(mode="after")
+    def _norms_rise(self) -> MagFaceConfig:
+        if self.norm_low >= self.norm_high:
+            raise ValueError(
+                f"expected norm_low below norm_high, found {self.norm_low:g} and {self.norm_high:g}"
+            )
+        return self
+
+    def build(self, device: torch.device | str) -> Margin:
+        return MagFace(self)
 
 
 class MagFace(Margin):
@@ -161,6 +253,19 @@ class MagFace(Margin):
 
     def _is_inside(self, norm_G: Tensor) -> Tensor:
         return (norm_G >= self.low) & (norm_G <= self.high)
+
+
+class CurricularFaceConfig(MarginConfig):
+    """ArcFace's margin, and negatives that gain weight as the network improves."""
+
+    kind: Literal["curricularface"] = Field("curricularface", description="arcface with harder negatives")
+    m: float = Field(0.5, ge=0, le=2, description="margin, radians")
+    momentum: float = Field(
+        0.01, gt=0, le=1, description="share of the newest step in the running mean of the target's cosine"
+    )
+
+    def build(self, device: torch.device | str) -> Margin:
+        return CurricularFace(self.m, self.momentum, device)
 
 
 class CurricularFace(Combined):
@@ -224,20 +329,17 @@ def _follow(running: Tensor, newest: Tensor, share: Tensor) -> None:
     running.copy_(torch.where(share > 0, running + share * (newest - running), running))
 
 
-def build(config: MarginConfig, device: torch.device | str) -> Margin:
-    """The margin that the configuration names."""
-    match config.kind:
-        case "arcface":
-            return Combined(1, config.m, 0)
-        case "arcface-straight-through":
-            return ArcFaceStraightThrough(config.m)
-        case "cosface":
-            return CosFace(config.m)
-        case "combined":
-            return Combined(config.combined.m1, config.combined.m2, config.combined.m3)
-        case "adaface":
-            return AdaFace(config.m, config.adaface, device)
-        case "magface":
-            return MagFace(config.magface)
-        case "curricularface":
-            return CurricularFace(config.m, config.curricularface.momentum, device)
+def _with_kind(value: Any) -> Any:
+    """Take a table without a `kind` as arcface's."""
+    return {"kind": "arcface", **value} if isinstance(value, dict) else value
+
+
+if TYPE_CHECKING:
+    AnyMargin = MarginConfig
+else:
+    # Every margin's configuration, chosen by `kind`.
+    AnyMargin = Annotated[
+        Union[tuple(MarginConfig.__subclasses__())],  # noqa: UP007
+        Field(discriminator="kind"),
+        BeforeValidator(_with_kind),
+    ]

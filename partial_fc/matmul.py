@@ -1,6 +1,6 @@
-"""Matrix products of factors that may be rounded first, summed in float32: what matrix units are fast at.
+"""Matrix products whose factors may be rounded first and whose sums are in float32, as on matrix units.
 
-The one place that knows what each device's libraries offer for it.
+The differences between devices and their libraries are handled here only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Inputs = Literal["fp32", "tf32", "bf16"]
 
 
 class Products:
-    """Products of factors in `dtype`: bfloat16 for "bf16", else that of the rows."""
+    """Matrix products of factors in `dtype`: bfloat16 for "bf16", else the dtype of the rows."""
 
     def __init__(self, inputs: Inputs, rows: torch.dtype) -> None:
         self.dtype = torch.bfloat16 if inputs == "bf16" else rows
@@ -24,7 +24,7 @@ class Products:
         self._is_tf32 = inputs == "tf32"
 
     def __call__(self, left_MK: Tensor, right_KN: Tensor) -> Tensor:
-        """[M, N] in the rows' type. On a CPU, those of bfloat16 are rounded to it once more at the end."""
+        """Return the product [M, N] in the rows' dtype; a CPU rounds a product of bfloat16 to bfloat16."""
         if self.dtype == self._rows:
             with _tf32(self._is_tf32 and left_MK.is_cuda):
                 return left_MK @ right_KN
@@ -35,10 +35,11 @@ class Products:
 
 @contextmanager
 def _tf32(is_wanted: bool) -> Iterator[None]:
-    """cuBLAS may round float32 factors to TF32; PyTorch keeps that in a global."""
+    """Allow cuBLAS to round float32 factors to TF32 inside the block, if wanted."""
     if not is_wanted:
         yield
         return
+    # PyTorch has this as a global setting only.
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:

@@ -1,8 +1,8 @@
-"""Optimizers of class rows: they are handed some rows and the gradient of these, and touch nothing else.
+"""Optimizers of class rows: an update changes the rows it is given and no others.
 
-Rows that a step does not sample keep their weights and moments as they are, decay included.
-`state` holds the moments under the names that a checkpoint gives them; they are computed in the weight's
-type and kept in the configured one.
+A row that a step does not sample keeps its weight and moments, without weight decay. `state` holds the
+moments under their names in a checkpoint. They are computed in the weight's dtype and stored in the
+configured one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Rows = slice | Tensor
 
 
 class RowOptimizer(Protocol):
-    """What the head asks of an optimizer."""
+    """Interface of the optimizers of class rows."""
 
     state: dict[str, Tensor]
 
     def update(self, rows: Rows, grad_TD: Tensor, learning_rate: float) -> None:
-        """Move the rows `rows` in place along their gradient [T, D], which may be overwritten."""
+        """Update the rows `rows` in place by their gradient [T, D], which may be overwritten."""
         ...
 
 
@@ -47,9 +47,9 @@ class RowSGD:
 
 
 class RowAdamW:
-    """AdamW, as torch.optim.AdamW computes it for a parameter that is stepped when it has a gradient.
+    """AdamW, as torch.optim.AdamW computes it for a parameter that is stepped only when it has a gradient.
 
-    The moments' bias is corrected by the number of updates that a row has had, kept in `updates` [R, 1].
+    The bias correction uses each row's own number of updates, stored in `updates` [R, 1].
     """
 
     EPS = 1e-8
@@ -91,12 +91,12 @@ class RowAdamW:
 
 
 def _store(tensor_RD: Tensor, rows: Rows, value_TD: Tensor) -> None:
-    """Put rows back; those that are a view of the tensor are there already, and torch sees that."""
+    """Write rows back; torch skips the copy where they are a view of the tensor."""
     tensor_RD[rows] = value_TD.to(tensor_RD.dtype)
 
 
 def build(config: HeadConfig, weight_RD: Tensor) -> RowOptimizer:
-    """The optimizer that the configuration names; fp32 moments are of the weight's own type."""
+    """Return the configured optimizer; with moments = fp32 they have the weight's dtype."""
     moments = torch.bfloat16 if config.moments == "bf16" else None
     if config.optimizer == "adamw":
         return RowAdamW(weight_RD, config.momentum, config.beta2, config.weight_decay, moments)

@@ -1,15 +1,11 @@
-"""The margin softmax over tiles of classes: neither the logits [G, S] nor a weight gradient [S, D] exists.
+"""The margin softmax over tiles of classes: logits [G, S] and weight gradient [S, D] are never allocated.
 
+1. `local_softmax`, over tiles: the sums over the classes that are not the target. Targets: see `targets`.
+2. `embedding_gradient`, once the log-sum-exp over all ranks is known; it keeps the batch.
+3. `weight_gradients`, over tiles again: recomputes p = exp(logit - lse) of all kept batches.
 Shapes: G rows (embeddings), R classes of this rank, S of them sampled, T in a tile, D the embedding size.
-1. `local_softmax`, over tiles: logits of the classes that are not the target; per row their sum of
-   exponentials and, as in flash attention, the running sum of exp(logit) w_j, which becomes the embedding
-   gradient once the log-sum-exp of all classes is known. Targets never enter the tiles: see `targets`.
-2. `embedding_gradient`, when lse of all ranks is there; the batch is remembered for
-3. `weight_gradients`, over tiles again: p = exp(logit - lse) anew, for all the batches remembered; their sum
-   is projected through the normalisation of the rows and handed out, tile by tile.
 Extra memory: G x T + 4 T x D numbers (6 T x D if sampled), half as many again of bfloat16 if factors are
-rounded to it, and G x D for each batch that is remembered.
-Source of the running sums: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+rounded to it, and G x D for each kept batch.
 """
 
 from __future__ import annotations
@@ -27,29 +23,32 @@ from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
 from partial_fc.targets import Targets, through_unit, unit
 
-# On a CPU, a tile's buffers should about fit the second-level caches of the cores. Seen on two cores with
-# 1 MiB each, G=256, D=512, a step of 100k classes: in float32 tiles of 256 to 1024 classes take 0.67 s alike
-# while the cores are free, and those of 256 the least beside other programs. Products of bfloat16 are so
-# fast that larger tiles pay: 0.45 s with 256, 0.37 s with 1024, 0.45 s with 2048. Not where rows are picked
-# out and copied: there a step of 500k with r = 0.1 took 0.9 s with the larger ones, 0.6 s with the smaller.
+# On a CPU, a tile's buffers should roughly fit the second-level caches of the cores. Measured on two cores
+# with 1 MiB each, G=256, D=512, a step of 100k classes: in float32, tiles of 256 to 1024 classes all take
+# 0.67 s on free cores, and tiles of 256 are the fastest on busy ones. Products of bfloat16 are so fast that
+# larger tiles pay: 0.45 s with 256, 0.37 s with 1024, 0.45 s with 2048. They do not pay where sampled rows
+# are copied: a step of 500k with r = 0.1 took 0.9 s with the larger tiles, 0.6 s with the smaller ones.
 _CPU_TILE_BYTES, _CPU_TILE_BYTES_BF16 = 5 << 19, 10 << 20
 _GPU_TILE_SHARE = 64
 
 
 @dataclass(frozen=True)
 class _Others:
-    """The logits of one batch against classes that are not the target."""
+    """Logits of one batch for the classes that are not the target."""
 
-    scaled_unit_GD: Tensor  # in the products' type
-    label_G: Tensor  # position in the sample, -1 where the target is not here
+    scaled_unit_GD: Tensor  # in the products' dtype
+    target_position_G: Tensor  # position in the sample, -1 where the target is on another rank
     margin: Margin
     scale: float
     interclass_filter: float | None
-    known_target_G: Tensor | None  # the target's logit over scale, for a margin that bends the others
+    known_target_G: Tensor | None  # target logit / scale, for a margin that modifies negatives
     product: Products
 
     def logits(self, class_unit_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [G, T], the target among them, -inf for those filtered out; derivative by cosine."""
+        """Return logits [G, T] and their derivatives with respect to the cosine (None: all 1).
+
+        Filtered classes have logit -inf. The target's column is still included: callers overwrite it.
+        """
         logit_GT, slope_GT = self.product(self.scaled_unit_GD, class_unit_TD.T), None
         is_out_GT = None if self.interclass_filter is None else logit_GT > self.interclass_filter * self.scale
         if self.known_target_G is not None:
@@ -61,24 +60,29 @@ class _Others:
 
 
 class _Sums:
-    """Over the classes seen so far, targets left out: what flash attention keeps of each row."""
+    """Running sums over the classes of the tiles so far, without the targets, as in flash attention.
+
+    `weighted_sum_GD` becomes the embedding gradient once the log-sum-exp of all classes is known.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
 
     def __init__(self, others: _Others, like_GD: Tensor) -> None:
         self._others = others
-        # Logits up to the scale need no maximum if the type holds their exponentials; bent ones go beyond.
+        # Logits up to the scale need no maximum if the dtype holds their exponentials. Modified negatives can
+        # exceed the scale.
         self._has_maximum = others.known_target_G is not None or (
             others.scale > FLOAT32_MAX_SCALE and like_GD.dtype != torch.float64
         )
         self.sum_G = torch.zeros_like(like_GD[:, 0])  # of exp(logit - max)
         self.weighted_sum_GD = torch.zeros_like(like_GD)  # of exp(logit - max) slope w_j
-        # Finite, so that a row for which no class has been seen does not come to inf - inf.
+        # Finite, so that a row without any class so far does not compute inf - inf.
         least = torch.finfo(like_GD.dtype).min if self._has_maximum else 0
         self.max_G = torch.full_like(self.sum_G, least)
 
     def add(self, class_unit_TD: Tensor, start: int) -> None:
-        """Take in the classes from position `start` on."""
+        """Add the classes of the tile that begins at position `start`."""
         exp_GT, slope_GT = self._others.logits(class_unit_TD)
-        _put(exp_GT, self._others.label_G - start, torch.full_like(self.max_G, -torch.inf))
+        _put(exp_GT, self._others.target_position_G - start, torch.full_like(self.max_G, -torch.inf))
         if self._has_maximum:
             self._raise_maximum(exp_GT.amax(1))
             exp_GT.sub_(self.max_G[:, None])
@@ -99,9 +103,9 @@ class _Sums:
 
 @dataclass(frozen=True)
 class LocalSoftmax:
-    """One batch against this rank's classes: what phase 1 leaves for the other two."""
+    """Result of phase 1 for one batch and this rank's classes, read by the other two phases."""
 
-    others_lse_G: Tensor  # over this rank's classes but the target; -inf without any
+    others_lse_G: Tensor  # over this rank's classes except the target; -inf if there are none
     target_G: Tensor  # target logit with margin; 0 where the target is on another rank
     targets: Targets
     others: _Others
@@ -111,24 +115,24 @@ class LocalSoftmax:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a batch needs to be remembered for until the rows are updated."""
+    """Values of a batch that are kept until the rows are updated."""
 
     others: _Others
     offset_G: Tensor  # exp(logit - offset) is the row's weight times p
-    residual_G: Tensor  # the target's gradient by its cosine over scale: weight (p - 1) slope
+    residual_G: Tensor  # d(loss) / d(target cosine) / scale: weight (p - 1) slope
 
     def gradient(self, class_unit_TD: Tensor, start: int) -> Tensor:
-        """By the unit rows of the tile that begins at position `start`."""
+        """Return the gradient [T, D] with respect to the unit rows of the tile that begins at `start`."""
         p_GT, slope_GT = self.others.logits(class_unit_TD)
         p_GT.sub_(self.offset_G[:, None]).exp_()
         if slope_GT is not None:
             p_GT.mul_(slope_GT)
-        _put(p_GT, self.others.label_G - start, self.residual_G)
+        _put(p_GT, self.others.target_position_G - start, self.residual_G)
         return self.others.product(p_GT.to(class_unit_TD.dtype).T, self.others.scaled_unit_GD)
 
 
 class Streaming:
-    """See above. `tile` is the number of classes in a tile, None to choose it."""
+    """Backend in plain PyTorch. `tile` is the number of classes in a tile; None chooses it."""
 
     def __init__(
         self,
@@ -149,20 +153,33 @@ class Streaming:
 
     @torch.no_grad()
     def local_softmax(
-        self, weight_RD: Tensor, sample: Sample, emb_GD: Tensor, label_G: Tensor, known_cos_G: Tensor | None
+        self,
+        weight_RD: Tensor,
+        sample: Sample,
+        emb_GD: Tensor,
+        target_position_G: Tensor,
+        known_cos_G: Tensor | None,
     ) -> LocalSoftmax:
-        """Phase 1. `label_G` is the target's position in `sample`, -1 where it is not there.
+        """Phase 1: compute the target logits and the sums over this rank's other classes.
 
-        known_cos_G: the target cosines, wherever the target is; only for a margin that bends the others.
+        target_position_G: int64 [G], the target's position in `sample`, -1 where it is not in it.
+        known_cos_G: the target cosines of all rows, on whichever rank the target is; None unless the margin
+        modifies negatives.
         """
-        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, label_G)
+        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, target_position_G)
         known_target_G = None
         if known_cos_G is not None:
             norm_G = torch.linalg.vector_norm(emb_GD, dim=1)
             known_target_G = self._margin.target(known_cos_G.to(emb_GD.dtype), norm_G).logit_G
         scaled_unit_GD = (targets.unit_GD * self._scale).to(self._product.dtype)
         others = _Others(
-            scaled_unit_GD, label_G, self._margin, self._scale, self._filter, known_target_G, self._product
+            scaled_unit_GD,
+            target_position_G,
+            self._margin,
+            self._scale,
+            self._filter,
+            known_target_G,
+            self._product,
         )
         sums = _Sums(others, emb_GD)
         for start, rows in sample.tiles(self._tile_of(scaled_unit_GD, sample)):
@@ -171,10 +188,10 @@ class Streaming:
 
     @torch.no_grad()
     def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        """Phase 2: gradient [G, D] of sum_i row_weight_i (lse_i - target_i + penalty_i), this rank's part.
+        """Phase 2: return the gradient [G, D] of sum_i row_weight_i (lse_i - target_i + penalty_i).
 
-        `lse_G` is over the classes of all ranks. The penalty belongs to the rank of the target. Remembers the
-        batch.
+        The gradient is this rank's part. `lse_G` is over the classes of all ranks. The penalty is counted on
+        the rank of the target. The batch is kept for phase 3.
         """
         residual_G = local.targets.residual(lse_G) * row_weight_G
         self._sample = local.sample
@@ -184,9 +201,9 @@ class Streaming:
 
     @torch.no_grad()
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-        """Phase 3: (rows, gradient [T, D] of these rows) until all rows have had their turn; then forgets.
+        """Phase 3: yield (rows, gradient [T, D] of these rows) for every tile, and drop the kept batches.
 
-        The gradient is summed over all remembered batches. Rows handed out may be changed at once.
+        The gradient is summed over all kept batches. The caller may update the rows of a tile at once.
         """
         batches = self._batches
         self.forget()
@@ -196,14 +213,14 @@ class Streaming:
             yield rows, self._gradient(weight_RD[rows], start, batches)
 
     def forget(self) -> None:
-        """Drop the remembered batches."""
+        """Drop the kept batches."""
         self._batches = []
 
     def _gradient(self, weight_TD: Tensor, start: int, batches: list[_Batch]) -> Tensor:
-        """Gradient [T, D] of the rows from position `start` on, summed over `batches`.
+        """Return the gradient [T, D] of the rows of the tile at position `start`, summed over `batches`.
 
-        Finite if the losses and the embeddings' gradients are: its factors are probabilities, slopes that
-        those contain, unit vectors, and the inverse norms of the rows.
+        It is finite if the losses and the embedding gradients are: its factors are probabilities, slopes that
+        the embedding gradients contain too, unit vectors, and the inverse norms of the rows.
         """
         class_unit_TD, inverse_norm_T = unit(weight_TD)
         factor_TD = class_unit_TD.to(self._product.dtype)
@@ -213,7 +230,7 @@ class Streaming:
         return through_unit(grad_TD, class_unit_TD, inverse_norm_T)
 
     def _tile_of(self, batch_GD: Tensor, sample: Sample) -> int:
-        """Classes per tile: as configured, or a multiple of 64 that suits the cache or the GPU's memory."""
+        """Return the classes per tile: as configured, or a multiple of 64 that fits the device's memory."""
         if self._tile is not None:
             return self._tile
         if batch_GD.is_cuda:
@@ -227,7 +244,8 @@ class Streaming:
 
 
 def _put(table_GT: Tensor, column_G: Tensor, value_G: Tensor) -> None:
-    """table[i, column_i] = value_i in place where the column exists; no selection, so a GPU never waits."""
+    """Set table[i, column_i] = value_i in place where the column exists."""
+    # Without boolean indexing, which would synchronise with the GPU.
     last = table_GT.shape[1] - 1
     index_G1 = column_G.clamp(0, last)[:, None]
     inside_G1 = index_G1 == column_G[:, None]

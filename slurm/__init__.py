@@ -1,1 +1,1 @@
-"""Starting the trainer on a Slurm cluster."""
+"""Submission of training runs to a Slurm cluster."""

@@ -1,8 +1,10 @@
-"""`lgaf submit`: put a training run into a Slurm queue through submitit.
+"""`lgaf submit`: submit a training run to Slurm through submitit.
 
-What happens: submitit writes a batch script and a pickled call of `slurm.task.train` into the log folder and
-hands the script to sbatch; the job's number and logs are printed. On the cluster every task makes that call,
-in the folder the command was given in; all nodes must share it and the log folder.
+1. The configuration is loaded, so that an error in it is reported at once.
+2. submitit writes a batch script and a pickled call of `slurm.task.train` into the log folder, and submits
+   the script with sbatch. The job's number and the paths of its logs are printed.
+3. On the cluster every task runs that call in the folder in which `lgaf submit` was run. All nodes must share
+   this folder and the log folder.
 """
 
 import shutil
@@ -15,7 +17,7 @@ from submitit.core.utils import FailedJobError
 from typer import Argument, Exit, Option, echo
 
 POLL_S = 5.0
-# Before the time limit, as in the batch script.
+# Time between the signal and the time limit, as in train_webface42m.sh.
 SIGNAL_DELAY_S = 120
 
 Config = Annotated[Path, Argument(help="configuration file, as for `lgaf train`")]
@@ -23,12 +25,14 @@ Nodes = Annotated[int, Option(help="number of nodes", min=1)]
 TasksPerNode = Annotated[int, Option(help="ranks on each node", min=1)]
 GpusPerNode = Annotated[int | None, Option(help="GPUs of each node; one per rank if not given", min=0)]
 CpusPerTask = Annotated[int, Option(help="CPU cores of each rank", min=1)]
-MemGb = Annotated[int | None, Option(help="memory of each node in GB; else the cluster's default", min=1)]
+MemGb = Annotated[int | None, Option(help="memory of each node in GB; by default the cluster's", min=1)]
 TimeMin = Annotated[int, Option(help="time limit in minutes", min=1)]
-Partition = Annotated[str | None, Option(help="partition; else the cluster's default")]
-Logs = Annotated[Path, Option(help="folder of the logs, with one folder per job in it")]
+Partition = Annotated[str | None, Option(help="partition; by default the cluster's")]
+Logs = Annotated[Path, Option(help="folder of the logs; each job gets a folder in it")]
 Wait = Annotated[bool, Option("--wait", help="return when the job has ended, with exit code 1 if it failed")]
-Overrides = Annotated[list[str] | None, Option("--set", help="KEY=VALUE, over the configuration file's")]
+Overrides = Annotated[
+    list[str] | None, Option("--set", help="KEY=VALUE, instead of the configuration file's")
+]
 
 
 def submit(
@@ -45,10 +49,10 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Submit a training run to Slurm."""
-    # Not at the head: it brings torch along, which `lgaf --help` does without.
+    # Imported here because it imports torch, which `lgaf --help` does not need.
     from trainer.config import load
 
-    # A mistake in the configuration is found now, not when the job's turn has come.
+    # An error in the configuration is reported now, not when the job starts.
     load(config, overrides or [])
     resources = {
         "nodes": nodes,
@@ -59,24 +63,25 @@ def submit(
         "timeout_min": time_min,
         "slurm_partition": partition,
         "slurm_signal_delay_s": min(SIGNAL_DELAY_S, 15 * time_min),
-        # srun does not take over sbatch's --cpus-per-task; a dead rank would leave the others waiting.
+        # srun does not inherit sbatch's --cpus-per-task. --wait ends a job in which one rank has exited and
+        # the others hang.
         "slurm_srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=30"],
     }
     job = _submit(config.absolute(), overrides or [], logs, resources)
     paths = job.task(0).paths
-    echo(f"job {job.job_id}; logs of rank 0, with those of the other ranks beside them:")
+    echo(f"job {job.job_id}; logs of rank 0 (those of the other ranks are in the same folder):")
     echo(f"  {paths.stdout}\n  {paths.stderr}")
     if wait:
         _wait(job)
 
 
 def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str, Any]) -> submitit.Job[None]:
-    # As above.
+    # Imported here because it imports torch.
     from slurm.task import train
 
     if not shutil.which("sbatch"):
         raise ValueError(
-            "expected a machine that submits to Slurm, found no sbatch on the PATH; run this on a login node"
+            "expected sbatch on the PATH, found none; run this command on a login node of the cluster"
         )
     executor = submitit.AutoExecutor(folder=logs / "%j", cluster="slurm")
     given = {name: value for name, value in resources.items() if value is not None}
@@ -84,11 +89,13 @@ def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str,
     try:
         return executor.submit(train, config, overrides)
     except FailedJobError as error:
-        raise ValueError(f"expected sbatch to accept the job, found: {error}; asked for {given}") from error
+        raise ValueError(
+            f"expected sbatch to accept the job, found: {error}; requested {given}; change the request"
+        ) from error
 
 
 def _wait(job: submitit.Job[None]) -> None:
-    # Slurm's word, not submitit's result files: a rank that was killed leaves none.
+    # The state comes from Slurm, not from submitit's result files: a killed rank writes none.
     while not job.watcher.is_done(job.job_id, mode="force"):
         time.sleep(POLL_S)
     echo(f"job {job.job_id}: {job.state}")

@@ -1,8 +1,8 @@
-"""What every task of a job does that `lgaf submit` has submitted: train, and queue again if told to stop.
+"""The function that every task of a job of `lgaf submit` runs.
 
-submitit would requeue on SIGUSR2 itself, but at once and from inside the handler of rank 0. The trainer's own
-handlers replace its, so that the ranks save together first; here the job is then put back into the queue,
-where submitit's batch script makes the same call again.
+1. Train, with the trainer's signal handlers in place of submitit's.
+2. On SIGUSR1 or SIGUSR2 all ranks save together and stop.
+3. One rank requeues the job, and submitit's batch script runs the same function again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 
 from trainer.runtime.signals import EXIT_CODE, Stopped, StopRequest
 
-# With a signal to terminate, Slurm requeues the job or cancels it by itself.
+# Not SIGTERM: with it, Slurm requeues or cancels the job by itself. submitit's own handler of SIGUSR2 would
+# requeue at once, from inside the handler of rank 0, before the ranks have saved.
 _REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def train(config: Path, overrides: Sequence[str] = ()) -> None:
-    """As `trainer.entrypoints.train`, but a run that was told to stop by SIGUSR1 or SIGUSR2 is requeued.
+    """Run `trainer.entrypoints.train`, and requeue the job if SIGUSR1 or SIGUSR2 stopped it.
 
-    A run that was told to stop ends the process. One that ends by itself returns, for submitit to write down
-    its result; the teardown of Python, which `leave` avoids, comes after that. A signal before submitit makes
-    this call is taken by nobody here.
+    A run that was stopped by a signal exits the process through `leave`, without Python's teardown. A run
+    that finishes returns, so that submitit can write its result. A signal that arrives before submitit calls
+    this function is not handled here.
     """
     try:
         with StopRequest() as stop:
@@ -35,6 +36,6 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
             job.train(config, overrides, stop)
     except Stopped as stopped:
         if stopped.is_first and stopped.number in _REQUEUE:
-            print("lgaf: the job queues again", file=sys.stderr, flush=True)
+            print("lgaf: the job is requeued", file=sys.stderr, flush=True)
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         leave(EXIT_CODE)

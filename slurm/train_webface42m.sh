@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on a Slurm cluster, one rank per GPU. From the root of the repository:
+# Train on a Slurm cluster, one rank per GPU. Submit from the root of the repository:
 #
-#   sbatch slurm/train_webface42m.sh                                   the whole recipe, on 4 nodes of 8 GPUs
-#   sbatch slurm/train_webface42m.sh configs/mine.toml --set seed=2    another configuration, single values changed
+#   sbatch slurm/train_webface42m.sh                                   the full recipe, on 4 nodes of 8 GPUs
+#   sbatch slurm/train_webface42m.sh configs/mine.toml --set seed=2    another configuration, one value changed
 #   sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --gpus-per-node=0 \
-#       slurm/train_webface42m.sh configs/demo.toml                    another shape, without GPUs
+#       slurm/train_webface42m.sh configs/demo.toml                    another number of ranks, without GPUs
 #
-# Options before the script's name are sbatch's and win over the lines below; words after it go to `lgaf train`.
-# The ranks find each other by themselves from what srun tells them. Two minutes before the time limit they get
-# SIGUSR1, save and leave with exit code 75, upon which the job queues again and goes on from there; so does
-# `scancel --signal=USR1 JOB` (whereas a plain `scancel JOB` saves and ends it).
+# Options before the script's name are sbatch's and override the lines below. Arguments after it are those of
+# `lgaf train`. The ranks find each other through srun's variables. Two minutes before the time limit they
+# receive SIGUSR1, save and exit with code 75; the job is then requeued and resumes from that checkpoint.
+# `scancel --signal=USR1 JOB` has the same effect; a plain `scancel JOB` saves and ends the job.
 #SBATCH --job-name=lgaf
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -28,7 +28,7 @@ fail() {
   exit 2
 }
 
-# Slurm runs a copy of this file, so its own path does not lead to the repository.
+# Slurm runs a copy of this file, so the script's own path is not in the repository.
 root=${SLURM_SUBMIT_DIR:?submit this script with sbatch}
 cd "$root"
 [[ -f slurm/train_webface42m.sh ]] || fail "expected to be submitted from the repository's root, found $root"
@@ -43,14 +43,15 @@ fi
 lgaf=$root/.venv/bin/lgaf
 [[ -x $lgaf ]] || lgaf=$(command -v lgaf) || fail "expected $root/.venv (make install) or lgaf on the PATH, found neither"
 
-# srun does not take over sbatch's --cpus-per-task. A rank that ends leaves the others half a minute to say which
-# one it was, or to leave with the same code: the highest is srun's. A rank dies of a signal that comes before it
-# can take it, in its first moments, or after its run, in its last; nothing is lost, and the job queues again.
+# srun does not inherit sbatch's --cpus-per-task. --wait: after one rank exits, the others have 30 s to report
+# which rank it was, or to exit with the same code. srun exits with the highest code of all ranks. A signal
+# kills a rank that has not installed its handlers yet or has removed them after its run. Nothing is lost then,
+# and the job is requeued.
 code=0
 saved=75 died_of_usr1=$((128 + 10))
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=30 "$lgaf" train "$config" "$@" || code=$?
 if [[ $code -eq $saved || $code -eq $died_of_usr1 ]]; then
-  echo "train_webface42m.sh: told to stop; the job queues again"
+  echo "train_webface42m.sh: stopped by a signal; the job is requeued"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,6 +1,9 @@
 """The rooms import each other in one direction only, and each outside world has one door."""
 
 import ast
+import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,38 @@ def test_only_one_module_of_the_trainer_reads_rank_variables():
         if any(name in path.read_text() for name in ('"RANK"', '"LOCAL_RANK"', '"SLURM_PROCID"'))
     ]
     assert readers == ["ranks.py"]
+
+
+def modules():
+    """Name -> file of every module of the project."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for room in ROOMS
+        for path in sources(room)
+    }
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known, graph = modules(), {}
+    for name, path in known.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        pairs = [(f"{node.module}.{alias.name}", node.module) for node in nodes for alias in node.names]
+        graph[name] = {
+            module for inner, outer in pairs if (module := inner if inner in known else outer) in known
+        }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import data_pipeline.batch", {"nvidia", "deepspeed"}),
+        ("import trainer.evaluation.suite, trainer.evaluation.compare", {"nvidia", "deepspeed"}),
+        ("import trainer.__main__", {"nvidia", "deepspeed", "torch", "submitit", "prometheus_client"}),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(code, absent):
+    """`lgaf --help` imports trainer.__main__ alone."""
+    asked = f"{code}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert not absent & {*done.stdout.split()}

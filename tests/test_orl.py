@@ -29,7 +29,7 @@ def test_pack_train_and_verify_people_left_out(tmp_path):
     packed = run("data", "pack", people, tmp_path / "orl", "--hold-out", 10)
     assert packed.returncode == 0, packed.stderr
     assert "300 images of 30 identities" in packed.stdout
-    assert "900 pairs of 10 others" in packed.stdout
+    assert "900 pairs of 10 held-out identities" in packed.stdout
 
     given = (f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'orl'}", "metrics.port=0", *OVERRIDES)
     done = run("train", CONFIG, *(word for value in given for word in ("--set", value)), ranks=2)

@@ -1,1 +1,1 @@
-"""The training run: configuration, backbones, engine, step, loop, checkpoints, evaluation."""
+"""Training of a face-recognition network: configuration, backbones, engine, loop, checkpoints, evaluation."""

@@ -16,7 +16,7 @@ from trainer.cli import data as commands
 from trainer.cli import network as network_commands
 from trainer.runtime.signals import StopRequest
 
-# What needs torch, DALI or DeepSpeed is imported by the command that uses it: `lgaf --help` answers at once.
+# Each command imports the modules that need torch, DALI or DeepSpeed itself, so that `lgaf --help` is fast.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,10 +67,10 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train a network, or go on with the run that the run directory holds.
+    """Train a network, or resume the run in the run directory.
 
-    Works alone, under torchrun and under Slurm's srun: it finds the other ranks from what these tell it.
-    SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C to any rank: all save and end with exit code 75, to be started again.
+    Works as a single process, under torchrun and under Slurm's srun, whose variables it reads.
+    On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C to any rank, all ranks save and exit with code 75: start it again.
     """
     with StopRequest() as stop:
         from trainer import entrypoints as job
@@ -101,15 +101,15 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="where results.json, report.html and plots go [default: eval_SUITE]"
+            metavar="FOLDER", help="folder for results.json, report.html and plots [default: eval_SUITE]"
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images embedded at once, per rank")] = 64,
 ) -> None:
-    """Evaluate a trained network: by a suite of protocols, or on pairs of faces (flip test, ten folds).
+    """Evaluate a trained network with a suite of protocols, or on pairs of faces (flip test, ten folds).
 
-    A suite leaves a folder of results and prints tables; pairs alone print JSON, and leave a
-    folder only with --out. Works alone, under torchrun and under Slurm's srun.
+    With --suite, it writes a folder of results and prints tables. With --pairs, it prints JSON and
+    writes a folder only with --out. Works as a single process, under torchrun and under Slurm's srun.
     """
     from trainer import entrypoints as job
     from trainer.evaluation.suite import SuiteConfig, suite_of_pairs
@@ -118,9 +118,7 @@ def evaluate(
     if (suite is None) == (not pairs):
         raise ValueError(f"expected --suite or --pairs, found {'neither' if suite is None else 'both'}")
     if suite is None and overrides:
-        raise ValueError(
-            "--set: expected with --suite, whose keys it changes, found with --pairs; leave it out"
-        )
+        raise ValueError("--set changes keys of a suite: expected --suite, found --pairs; remove --set")
     config = (
         suite_of_pairs(pairs or []) if suite is None else settings.load(SuiteConfig, suite, overrides or [])
     )
@@ -140,7 +138,7 @@ for _command in (network_commands.export, network_commands.embed, network_comman
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line on standard error and exit code 1."""
+    """Run the command line; print a user's error as one line on standard error and exit with code 1."""
     for entry in entry_points(group="lgaf.commands"):
         app.command(entry.name)(entry.load())
     try:

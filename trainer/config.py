@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.config import DataConfig
 from partial_fc.config import HeadConfig
+from trainer import backbones
 from trainer import config_file as settings
-from trainer.backbones.config import BackboneConfig
 
 # Below it, oneDNN as torch 2.13 brings it crashes in the backward pass of strided 1x1 convolutions.
 LEAST_CHANNELS_LAST_WIDTH = 16
@@ -163,7 +164,7 @@ class RunConfig(Strict):
     )
     log_every_steps: int = Field(10, ge=1, description="steps between two looks at the losses")
     data: DataConfig
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: backbones.AnyBackbone = Field(default_factory=backbones.default)
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
@@ -190,9 +191,10 @@ class RunConfig(Strict):
                 f"engine.compile and {other}: expected at most one of them, as torch.compile does not see "
                 "through what the other does around every block; set engine.compile = false"
             )
-        if engine.channels_last and backbone.name != "vit" and backbone.width < LEAST_CHANNELS_LAST_WIDTH:
+        narrowest = backbone.narrowest_convolution
+        if engine.channels_last and narrowest is not None and narrowest < LEAST_CHANNELS_LAST_WIDTH:
             raise ValueError(
-                f"engine.channels_last with backbone.width = {backbone.width}: expected a width of at least "
+                f"engine.channels_last with backbone.width = {narrowest}: expected a width of at least "
                 f"{LEAST_CHANNELS_LAST_WIDTH}, as oneDNN crashes with narrower convolutions of stride 2; "
                 "widen the network, or set engine.channels_last = false"
             )
@@ -209,6 +211,17 @@ class RunConfig(Strict):
         if images is None:
             raise ValueError("epochs: of streamed shards nobody knows how many images they hold; set steps")
         return math.ceil(self.epochs * images / self.global_batch)
+
+    def schedule(self, images: int | None) -> Schedule:
+        """Return the schedule of the run on a dataset of `images`; raises as `total_steps` does."""
+        return Schedule(
+            self.seed,
+            self.total_steps(images),
+            self.log_every_steps,
+            self.checkpoint.every_steps,
+            self.evaluation.every_steps,
+            self.optimizer,
+        )
 
     def verification_files(self) -> dict[str, Path]:
         """Name of each verification set -> its file. Raises ValueError if two have one name."""
@@ -234,8 +247,34 @@ def files_by_name(files: Sequence[Path]) -> dict[str, Path]:
     return named
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """What happens at which step: number of steps, intervals in steps, and the learning rate of each step."""
+
+    seed: int
+    steps: int
+    log_every: int
+    save_every: int
+    evaluate_every: int
+    optimizer: OptimizerConfig
+
+    def is_due(self, done: int, every_steps: int) -> bool:
+        """Return whether something is due after `done` steps; after the last step everything is."""
+        return done == self.steps or done % every_steps == 0
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step`, counted from 0."""
+        return learning_rate(
+            step,
+            peak=self.optimizer.learning_rate,
+            warmup_steps=self.optimizer.warmup_steps,
+            steps=self.steps,
+            power=self.optimizer.power,
+        )
+
+
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, power: float) -> float:
-    """Rises linearly to `peak` over the first `warmup_steps`, then falls as (share of steps left) ** power.
+    """Return a rate that rises linearly to `peak` over `warmup_steps`, then falls as (steps left) ** power.
 
     Step 0 is the first; the last of `steps` still has a rate above 0.
     """

@@ -110,13 +110,21 @@ def _explain(
     model: type[BaseModel], error: Mapping[str, Any], path: Path | None, overridden: list[str]
 ) -> str:
     """One line for one of pydantic's errors."""
-    name = ".".join(map(str, error["loc"]))
+    loc, table = _resolve(model, error["loc"])
+    name = ".".join(map(str, loc))
     where = _where(name, path, overridden)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {name}{_nearest(model, error['loc'])}"
+        return f"{where}: unknown key {name}{_nearest(model, table, error['loc'], loc)}"
+    if error["type"] == "union_tag_invalid":
+        tag, found = error["ctx"]["discriminator"].strip("'"), error["ctx"]["tag"]
+        nearest = difflib.get_close_matches(found, re.findall(r"'([^']+)'", error["ctx"]["expected_tags"]), 1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        return (
+            f"{where}: {name}.{tag}: expected one of {error['ctx']['expected_tags']}, found {found!r}{hint}"
+        )
     subject = f"{where}: {name}" if name else where
     if error["type"] == "missing":
-        field = _model_at(model, error["loc"][:-1]).model_fields[error["loc"][-1]]
+        field = table.model_fields[str(error["loc"][-1])]
         return f"{subject}: expected a value, found none ({field.description})"
     if error["type"] in ("value_error", "assertion_error"):
         return f"{subject}: {error['ctx']['error']}"
@@ -132,28 +140,84 @@ def _where(name: str, path: Path | None, overridden: list[str]) -> str:
     return f"{path} and --set" if is_above else str(path)
 
 
-def _nearest(model: type[BaseModel], loc: tuple[str | int, ...]) -> str:
-    """What to write instead of an unknown key: its namesakes elsewhere, similar keys beside it."""
+def _nearest(
+    model: type[BaseModel], table: type[BaseModel], raw: tuple[str | int, ...], loc: tuple[str | int, ...]
+) -> str:
+    """Return what to write instead of an unknown key of `table`: namesakes elsewhere, similar keys here."""
     *outer, last = loc
     prefix = "".join(f"{part}." for part in outer)
-    beside = list(_model_at(model, tuple(outer)).model_fields)
+    beside = list(table.model_fields)
+    owners = _kinds_with(model, raw, str(last))
+    if owners:
+        is_table = last in owners
+        hint = (
+            f"the keys of {last} stand in [{prefix[:-1]}] itself"
+            if is_table
+            else f"it belongs to {' and '.join(owners)}"
+        )
+        return f"; {hint}. Valid keys of [{prefix[:-1]}] here: {', '.join(beside)}"
     namesakes = [key.name for key in describe(model) if key.name.rpartition(".")[2] == last]
     similar = [prefix + name for name in difflib.get_close_matches(str(last), beside, 3, 0.7)]
-    hints = namesakes + similar
+    hints = list(dict.fromkeys(namesakes + similar))
     hint = f"; did you mean {' or '.join(hints)}? Valid" if hints else "; valid"
     return f"{hint} keys of {f'[{prefix[:-1]}]' if outer else 'the file'}: {', '.join(beside)}"
 
 
-def _model_at(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel]:
-    """The model that holds the keys below `loc`, a path of field names and list positions."""
+def _resolve(
+    model: type[BaseModel], loc: tuple[str | int, ...]
+) -> tuple[tuple[str | int, ...], type[BaseModel]]:
+    """Return an error's location without the kinds that pydantic puts into it, and the model of its table."""
+    found: list[str | int] = []
+    kinds: dict[str, type[BaseModel]] = {}
+    table = model
+    for part in loc:
+        if part in kinds:
+            model, kinds = kinds[str(part)], {}
+            table = model
+            continue
+        found.append(part)
+        table = model
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            kinds = _kinds(field.annotation)
+            model = _inner_model(field.annotation) or model
+    return tuple(found), table
+
+
+def _kinds_with(model: type[BaseModel], loc: tuple[str | int, ...], key: str) -> list[str]:
+    """Return the kinds, other than the chosen one, that know the key at `loc` or are called by it."""
     for part in loc:
         field = model.model_fields.get(str(part))
-        model = (_inner_model(field.annotation) if field else None) or model
-    return model
+        if field is None:
+            return []
+        kinds = _kinds(field.annotation)
+        if kinds:
+            return [name for name, one in kinds.items() if key in one.model_fields or name == key]
+        model = _inner_model(field.annotation) or model
+    return []
+
+
+def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Return kind -> model of a discriminated union; nothing for any other annotation."""
+    models = [
+        arg for arg in typing.get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)
+    ]
+    return {
+        typing.get_args(one.model_fields[_tag_of(one)].annotation)[0]: one
+        for one in models
+        if len(models) > 1
+    }
+
+
+def _tag_of(model: type[BaseModel]) -> str:
+    """Return the field whose one value names the kind."""
+    return next(
+        name for name, field in model.model_fields.items() if len(typing.get_args(field.annotation)) == 1
+    )
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `Model`, `Model | None`, `list[Model]`..., None where there is no model."""
+    """Return the model inside `Model`, `Model | None`, `list[Model]`..., None where there is no model."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_inner_model, typing.get_args(annotation))), None)
@@ -164,13 +228,32 @@ def _keys(model: type[BaseModel], defaults: BaseModel | None, prefix: str) -> It
         default = (
             getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
         )
-        inner = _table(field.annotation)
-        if inner is not None:
+        inner, kinds = _table(field.annotation), _kinds(field.annotation)
+        if kinds:
+            yield from _keys_of_kinds(kinds, default, prefix + name, field)
+        elif inner is not None:
             yield from _keys(inner, default if isinstance(default, inner) else None, f"{prefix}{name}.")
         else:
             is_required = defaults is None and field.is_required()
             shown = "required" if is_required else _as_toml(default)
             yield Key(prefix + name, _type_text(field), shown, field.description or "")
+
+
+def _keys_of_kinds(
+    kinds: dict[str, type[BaseModel]], default: Any, name: str, field: FieldInfo
+) -> Iterator[Key]:
+    """Yield the key that chooses, then the keys of each kind with the kinds that have them."""
+    tag = _tag_of(type(default))
+    about = "; ".join(f"{kind}: {one.model_fields[tag].description}" for kind, one in kinds.items())
+    yield Key(f"{name}.{tag}", " | ".join(map(_as_toml, kinds)), _as_toml(getattr(default, tag)), about)
+    shared: dict[Key, list[str]] = {}
+    for kind, one in kinds.items():
+        for key in _keys(one, None, f"{name}."):
+            if key.name != f"{name}.{tag}":
+                shared.setdefault(key, []).append(kind)
+    for key, of_kinds in shared.items():
+        where = "" if len(of_kinds) == len(kinds) else f"[{', '.join(of_kinds)}] "
+        yield key._replace(description=where + key.description)
 
 
 def _table(annotation: Any) -> type[BaseModel] | None:

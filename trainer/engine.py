@@ -1,11 +1,11 @@
-"""The backbone on its devices: DeepSpeed ZeRO, mixed precision, SGD or AdamW. The only import of deepspeed.
+"""Training of the backbone with DeepSpeed ZeRO, mixed precision, SGD or AdamW. The only import of deepspeed.
 
-    features = engine.forward(images_BCHW)                           remembers what backward needs
+    features = engine.forward(images_BCHW)                           keeps the graph for the backward pass
     engine.backward(emb_BN, grad_BN, features.penalty, share=1 / A)  adds to the gradients
-    engine.step(learning_rate) -> bool                               averages over ranks, updates, forgets
+    engine.step(learning_rate) -> bool                               averages over ranks, updates, clears
 
-Steps end where `step` is called, however many micro-batches there were (DeepSpeed's unmanaged accumulation).
-Weights stay float32 at every ZeRO stage; bfloat16 is autocast's, so norms and moments do not lose digits.
+A step ends when `step` is called, after any number of micro-batches (DeepSpeed's unmanaged accumulation).
+Weights stay float32 at every ZeRO stage, and so do norms and moments: only autocast uses bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-# Read when DeepSpeed is imported; it would look for a GPU itself, and warn where there is none.
+# DeepSpeed reads this variable on import; if it is unset, DeepSpeed searches for a GPU and warns without one.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
@@ -37,31 +37,31 @@ from torch import nn
 from trainer.backbones import Backbone, Features, parameter_groups
 from trainer.config import EngineConfig, OptimizerConfig
 
-# What an optimizer keeps per parameter: name in a checkpoint, the same as the head's, and name in torch.
+# The moments that an optimizer keeps per parameter: name in a checkpoint (as for the head) -> name in torch.
 _MOMENTS = {
     "sgd": {"momentum": "momentum_buffer"},
     "adamw": {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"},
 }
-# And per tensor that it moves at once: the updates that it has had, which correct AdamW's moments.
+# The optimizer's count of updates of a tensor, for AdamW's bias correction.
 _UPDATES = "step"
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# DeepSpeed calls torch's collectives by names that have newer ones.
+# DeepSpeed calls torch's collectives by deprecated names.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-# Compiled at the first use on a CPU, for collectives that are not used here; and a process that is killed
-# while it compiles leaves a lock behind for which all later runs would wait.
+# DeepSpeed compiles this op at its first use on a CPU, for collectives that are not used here. A process that
+# is killed while compiling leaves a lock file behind, and all later runs hang on it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# It would run `numactl`, again and again, to count devices that a CPU has not; and a PATH with a folder that
-# one may not read ends the training then.
+# DeepSpeed would run `numactl` repeatedly to count devices that a CPU does not have. It would also fail if
+# PATH contains a folder without read permission.
 deepspeed.utils.numa.get_numa_cores = lambda: []
-# An optimizer that is not used here, which DeepSpeed imports with any. It asks for three compiled functions,
-# and that imports torch's compiler: 1.3 of the 6.9 s after which a small training ended its first step.
+# DeepSpeed imports the Muon optimizer, which is not used here. Muon compiles three functions and so imports
+# torch's compiler: 1.3 of the 6.9 s that a small training needed up to the end of its first step.
 with contextlib.suppress(ImportError), mock.patch("torch.compile", lambda function: function):
     import deepspeed.runtime.zero.muon.muon_optimizer
 
 
 class Engine:
-    """A backbone being trained. `model` is given with its initial weights, the same on all ranks."""
+    """A backbone in training. `model` must have the same initial weights on all ranks."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Engine:
         self._create_moments()
 
     def forward(self, images_BCHW: torch.Tensor) -> Features:
-        """What the network says of this rank's images, attached to the graph; embeddings in float32."""
+        """Run the forward pass on this rank's images; return features on the graph, embeddings in float32."""
         features: Features = self._engine(images_BCHW.to(memory_format=self._layout))
         return features._replace(emb_BD=features.emb_BD.float())
 
@@ -106,25 +106,25 @@ class Engine:
         *,
         share: float = 1.0,
     ) -> None:
-        """Continue from the gradient of the global mean loss with respect to this rank's embeddings.
+        """Run the backward pass from the loss gradient with respect to this rank's embeddings.
 
-        emb_BN: attached, float32; all that the loss looked at of an image, side by side.
-        penalty: a mean over this rank's images, to be part of the loss; share: that of this micro-batch in
-        the step, by which the penalty alone is multiplied.
-
-        DeepSpeed averages the ranks' gradients, where the loss, a mean over all ranks' samples, needs their
-        sum: the number of ranks is put back here, and only here. Of penalties it is the average that is due.
+        emb_BN: float32, on the graph; all embeddings of an image that enter the loss, concatenated.
+        grad_BN: the gradient of the global mean loss with respect to emb_BN.
+        penalty: a mean over this rank's images that is added to the loss.
+        share: the share of this micro-batch in the step; only the penalty is multiplied by it.
         """
-        # DeepSpeed takes scalars at every stage; the gradient of this one for emb_BN is the factor itself.
+        # DeepSpeed averages gradients over the ranks. The loss is a mean over all ranks' samples and needs
+        # their sum, so that the gradient is multiplied by the number of ranks here, and only here. A penalty
+        # is a mean over one rank's images and needs the average. DeepSpeed expects a scalar at every stage;
+        # the gradient of this scalar with respect to emb_BN is the factor itself.
         loss = (emb_BN * (grad_BN * self._world_size)).sum()
         self._engine.backward(loss if penalty is None else loss + share * penalty)
 
     def step(self, learning_rate: float) -> bool:
-        """Update the weights from the gradients of all micro-batches since `train`; True if that was done.
+        """Update the weights from the gradients of all micro-batches since `train`; return True if updated.
 
-        False, on all ranks, if any rank's gradient has a number that is not finite: the averages that the
-        ranks share then have one, and nothing moves. Statistics of the forward passes since `train` are
-        undone too.
+        Return False on all ranks, and update nothing, if any rank's gradient has a non-finite value: it makes
+        the average over the ranks non-finite. BatchNorm statistics are reset to their values at `train`.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -138,7 +138,7 @@ class Engine:
     def synchronize_statistics(self) -> None:
         """Replace BatchNorm's running statistics by their mean over the ranks.
 
-        Training does not read them, and a running mean is linear: when this is done makes no difference.
+        It may be called at any time: training does not read the statistics, and a running mean is linear.
         """
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -147,23 +147,26 @@ class Engine:
                         dist.all_reduce(statistic.div_(self._world_size), group=self._group)
 
     def train(self) -> None:
-        """Batch statistics, dropout: for the micro-batches of the next step."""
+        """Enable batch statistics and dropout for the micro-batches of the next step."""
         self._engine.train()
         for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
             before.copy_(buffer)
 
     @torch.no_grad()
     def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Embeddings float32 [B, D] for evaluation; at ZeRO stage 3 all ranks must call it equally often."""
+        """Return embeddings float32 [B, D] in evaluation mode.
+
+        At ZeRO stage 3 all ranks must call it equally often.
+        """
         self._engine.eval()
         emb_BD: torch.Tensor = self._engine(images_BCHW.to(memory_format=self._layout)).emb_BD
         return emb_BD.float()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The backbone's parts of a checkpoint, whole tensors on every rank: weights, moments, buffers; with
-        AdamW the number of updates too, which skipped steps are not.
+        """Return the backbone's parts of a checkpoint: weights, moments, buffers; full tensors on every rank.
 
-        All ranks must call it together.
+        With AdamW the state includes the number of updates, which does not count skipped steps. All ranks
+        must call it together.
         """
         state = {
             "backbone_weight": {name: self._weight(parameter) for name, parameter in self._names.items()},
@@ -178,7 +181,7 @@ class Engine:
         return state
 
     def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Go on from what `state` returned, or was loaded into it, between two steps; on all ranks."""
+        """Load a state in the form that `state` returns, between two steps, on all ranks."""
         for name, parameter in self._names.items():
             self._set_weight(parameter, state["backbone_weight"][name])
             for part, key in self._moments.items():
@@ -191,7 +194,7 @@ class Engine:
 
     @torch.no_grad()
     def _set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Both what the network computes with and what the optimizer moves."""
+        """Set the network's parameter and the optimizer's copy of it."""
         if self._stage == 3:
             part = self._own_part(parameter, value)
             safe_set_local_fp32_param(parameter, part)
@@ -199,7 +202,7 @@ class Engine:
             own.copy_(part)
         elif self._stage > 0:
             safe_set_full_fp32_param(parameter, value)
-        # At stage 3 only small tensors are kept whole; the others are empty between the steps.
+        # At stage 3 only small parameters are complete on each rank; the others are empty between steps.
         if parameter.shape == value.shape:
             parameter.copy_(value)
 
@@ -220,10 +223,10 @@ class Engine:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def _create_moments(self) -> None:
-        """Moments before the first step, which is when torch would make them.
+        """Create all moments before the first step, so that they can be saved and loaded at any time.
 
-        DeepSpeed (0.19) links parameters to their moments at the first step of the first parameter group,
-        when those of the other groups do not exist yet: made here, they can be saved and loaded at any time.
+        torch creates them during the first step. DeepSpeed (0.19) links parameters to their moments at the
+        first step of the first parameter group, when the moments of the other groups do not exist yet.
         """
         zero = self._engine.optimizer
         self._moved: list[torch.Tensor] = [
@@ -242,9 +245,9 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _own_part(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor at stage 3, with zeros at the end of the last.
+        """Return this rank's part of a tensor at stage 3; the last part is padded with zeros.
 
-        DeepSpeed's setters of whole tensors do not take those that do not divide by the ranks.
+        DeepSpeed's setters of full tensors reject sizes that the number of ranks does not divide.
         """
         own: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         part, rank = own.numel(), dist.get_rank(self._group)
@@ -253,9 +256,9 @@ class Engine:
 
 
 class _Finite(torch.optim.Optimizer):
-    """Does not move if a gradient is not finite; `overflow` is how DeepSpeed asks about it.
+    """An optimizer that skips its update if a gradient is non-finite; DeepSpeed reads `overflow`.
 
-    Only for gradients that are averaged over the ranks already: then all ranks see the same.
+    The gradients must be averaged over the ranks already, so that all ranks decide alike.
     """
 
     overflow = False
@@ -276,7 +279,7 @@ class _FiniteAdamW(_Finite, torch.optim.AdamW):
 
 
 def _optimizer(model: Backbone, config: OptimizerConfig, *, looks_itself: bool) -> torch.optim.Optimizer:
-    """torch's optimizer; DeepSpeed looks at the gradients where it owns them, from stage 1 on."""
+    """Build torch's optimizer; from stage 1 on, DeepSpeed owns the gradients and checks them itself."""
     groups, rate = parameter_groups(model, config.weight_decay), config.learning_rate
     if config.kind == "adamw":
         betas = (config.momentum, config.beta2)
@@ -297,11 +300,12 @@ def _initialize(
         "train_micro_batch_size_per_gpu": micro_batch,
         "managed_gradient_accumulation": False,
         "zero_optimization": {"stage": stage},
-        # 0 is off; DeepSpeed's own default clips.
+        # 0 disables clipping; DeepSpeed's default clips.
         "gradient_clipping": clip_norm or 0.0,
-        # torch's SGD is not on DeepSpeed's list; tests/trainer compares it with a plain step at each stage.
+        # torch's SGD is not on DeepSpeed's list of tested optimizers; tests/trainer compares it with a plain
+        # step at each stage.
         "zero_allow_untested_optimizer": True,
-        # No modules whose gradients would be sent in bfloat16: they are summed in float32, as they are kept.
+        # An empty list: no module's gradients are reduced in bfloat16, all are reduced in float32.
         "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     engine, *_ = deepspeed.initialize(
@@ -311,11 +315,11 @@ def _initialize(
 
 
 def _compile(model: Backbone) -> None:
-    """Compile in place, so that modules and parameters keep their names, at the first images.
+    """Compile the model in place, at its first batch; modules and parameters keep their names.
 
-    Raises ValueError if there is no C++ compiler, which torch would notice in the middle of a step.
+    Raises ValueError if there is no C++ compiler; torch would report that only in the middle of a step.
     """
-    # Only who compiles waits for these to be imported.
+    # Imported here: the imports are slow, and only compilation needs them.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -330,9 +334,12 @@ def _compile(model: Backbone) -> None:
 
 
 def uses_bf16(config: EngineConfig, device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16. Raises ValueError if it is demanded and not supported."""
+    """Return True if matrix products run in bfloat16.
+
+    Raises ValueError if the configuration requires bfloat16 and the device does not support it.
+    """
     supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if config.precision == "bf16" and not supported:
         raise ValueError(f"engine.precision is bf16, which {device} does not support; set it to auto or fp32")
-    # A CPU can compute in bfloat16, but without special units more slowly than in float32.
+    # A CPU without dedicated units computes more slowly in bfloat16 than in float32.
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and supported)

@@ -1,15 +1,10 @@
-"""One training step, in the order in which a batch goes through the rooms.
+"""One training step: forward and backward passes over all micro-batches, then one update.
 
   images_BCHW -> backbone -> emb_BLD -> gather -> emb_GLD -> head -> grad_GN -> scatter -> grad_BN -> backbone
 
-L embeddings of each image, its own and those that the branches alone make, come before the head one after the
-other, each with its share of the loss; side by side they are N = L x D numbers.
-
-A step is as many rounds of this as there are micro-batches; then both optimizers move, once, or neither does.
-What is not finite on one rank is agreed on without a message of its own: a loss is the same on all ranks and
-spoils the gradient that leaves the head, a bad gradient of one rank spoils its backbone's, and that spoils
-the average over the ranks, which the engine looks at on all of them. So is a signal to stop, which travels
-with the norms.
+Each image has L embeddings: the fused one and one per branch. The head processes them one after the other,
+each with its share of the loss. Concatenated they have N = L x D numbers. After the last micro-batch both
+optimizers update the weights once, or neither of them does.
 """
 
 from __future__ import annotations
@@ -31,8 +26,11 @@ _DROPOUT_STREAM = 3
 
 
 class Outcome(NamedTuple):
-    """The mean loss over all samples of all ranks, whether the step was skipped, and the gravest signal that
-    a rank had had when the step began, 0 if none; alike on all ranks."""
+    """The outcome of a step, the same on all ranks.
+
+    loss: the mean over all samples of all ranks. is_skipped: True if no weight was updated. signal: the
+    highest signal number that any rank had received before the step, 0 if none.
+    """
 
     loss: torch.Tensor
     is_skipped: bool
@@ -53,8 +51,8 @@ def train_step(
 ) -> Outcome:
     """Train on `accumulation` micro-batches.
 
-    label_N: the labels of the whole step, of all ranks; only a head that samples classes needs them.
-    signal: of this rank; the outcome has that of all ranks.
+    label_N: the labels of the whole step on all ranks; required only by a head that samples classes.
+    signal: the signal that this rank has received; the outcome holds the highest of all ranks.
 
     Raises ValueError, naming the sample, for a label outside the classes.
     """
@@ -65,6 +63,7 @@ def train_step(
     for number, batch in enumerate(batches):
         features = engine.forward(batch.images_BCHW)
         emb_BLD = features.judged()
+        # The signal travels with the norms, so that it needs no collective of its own.
         norm_BK1 = torch.nn.functional.pad(features.norm_BK, (0, 1), value=signal)
         gathered = collectives.gather(emb_BLD.flatten(1), batch.label_B, norm_BK1, group)
         emb_GLD = gathered.emb_GD.unflatten(1, emb_BLD.shape[1:])
@@ -72,7 +71,7 @@ def train_step(
         try:
             micro_loss, grad_GN = _judge(head, emb_GLD, gathered.label_G, shares)
         except LabelError as error:
-            # Ranks and micro-batches are gathered in the order of the run's samples.
+            # The gathered rows follow the order of the run's samples.
             sample = (step * accumulation + number) * len(gathered.label_G) + error.row
             raise ValueError(f"sample {sample}, in step {step}, {error.problem}") from error
         grad_BN = collectives.scatter(grad_GN, group)
@@ -80,8 +79,11 @@ def train_step(
         loss += micro_loss
         norms.append(gathered.norm_GK)
     norm_GK1 = torch.cat(norms)
+    # Non-finite values need no extra collective. The loss is the same on all ranks, and a non-finite loss
+    # makes the head's gradient non-finite. A non-finite gradient on one rank makes the average over the
+    # ranks non-finite, and the engine checks that average on every rank.
     is_done = engine.step(learning_rate)
-    # The engine has waited for the device already, and the head not yet kept it busy.
+    # The engine has synchronized with the device and the head has queued no work since: this read is cheap.
     agreed_signal = int(norm_GK1[:, -1].max())
     if not is_done:
         head.skip_step()
@@ -94,7 +96,7 @@ def train_step(
 def _judge(
     head: PartialFC, emb_GLD: torch.Tensor, label_G: torch.Tensor, shares: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of all L embeddings of each image, divided by `shares`, and its gradient [G, L * D]."""
+    """Return the loss over all L embeddings of each image, weighted by `shares`, and its gradient [G, N]."""
     losses, grads = [], []
     for emb_GD, share in zip(emb_GLD.unbind(1), shares, strict=True):
         loss, grad_GD = head.forward_backward(emb_GD, label_G, share=share)

@@ -1,4 +1,4 @@
-"""Network and head of a run: new, with the weights of a file, or as the newest checkpoint has them."""
+"""Network and head of a run: new, with the weights of a file, or restored; and the run's checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from data_pipeline.source import Source
@@ -15,10 +14,13 @@ from trainer import backbones
 from trainer.backbones import weights
 from trainer.checkpoint import directory as checkpoint_files
 from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint.async_saver import Saver
 from trainer.checkpoint.directory import Header
 from trainer.config import RunConfig, differences
 from trainer.engine import Engine
-from trainer.runtime.ranks import Ranks
+from trainer.run_log import RunLog
+from trainer.runtime.ranks import Ranks, gather_json
+from trainer.saved_config import from_saved
 
 
 class TrainState(NamedTuple):
@@ -28,19 +30,53 @@ class TrainState(NamedTuple):
     head: PartialFC
 
     def state(self) -> checkpoint.State:
-        """All that is to be saved, on the live memory."""
+        """Return the tensors to be saved, on the live memory."""
         return {**self.engine.state(), "head": self.head.logical_state()}
 
     def restore(self, folder: Path, ranks: Ranks) -> Header:
-        """Bring both to where a checkpoint has them. Raises CheckpointError."""
+        """Restore network and head from a checkpoint; return its header. Raises CheckpointError."""
         state = self.state()
         checkpoint.load(folder, state, group=ranks.group)
         self.engine.load_state(state)
         return checkpoint_files.read_manifest(folder).header
 
 
-def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[TrainState, Header | None]:
-    """Network and head as the run was last saved, with the header that was saved; or new, with None.
+class Checkpoints:
+    """The checkpoints of a run: they are saved beside the training, and restored into `state`."""
+
+    def __init__(
+        self, config: RunConfig, source: Source, state: TrainState, ranks: Ranks, log: RunLog
+    ) -> None:
+        self._config, self._identity, self._state, self._ranks = config, source.identity, state, ranks
+        self._saver = Saver(
+            config.run_dir, config.checkpoint, group=ranks.group, metrics=log.metrics, say=log.say
+        )
+        self.prepare = lambda: self._saver.prepare(state.state())
+        self.look, self.has_saved, self.close = self._saver.look, self._saver.has_saved, self._saver.close
+
+    def save(self, step: int, cursor: list[list[int]] | None, *, is_last: bool) -> None:
+        """Save the state after `step` steps; the last save is on the disk when this returns."""
+        self._state.engine.synchronize_statistics()
+        header = Header(
+            step, self._config.model_dump(mode="json"), self._identity, checkpoint.versions(), cursor
+        )
+        self._saver.save(self._state.state, header, is_last=is_last)
+
+    def restore(self) -> tuple[Path, Header] | None:
+        """Bring the state to where the newest checkpoint has it; None if there is no checkpoint."""
+        self._saver.wait()
+        latest = newest_checkpoint(self._config, self._ranks)
+        return None if latest is None else (latest, self._state.restore(latest, self._ranks))
+
+    def clean(self) -> None:
+        """Remove what is being written."""
+        checkpoint_files.clean(self._config.run_dir)
+
+
+def build_or_resume(
+    config: RunConfig, source: Source, ranks: Ranks, micro: int
+) -> tuple[TrainState, Header | None]:
+    """Return network and head as the run was last saved, with the saved header; or new ones, with None.
 
     Raises ValueError if the run directory holds another run, or the file of weights does not fit, and
     CheckpointError, which is one, if there are checkpoints but none can be read.
@@ -55,7 +91,7 @@ def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[
         group=ranks.group,
         device=ranks.device,
     )
-    latest = agreed_checkpoint(config, ranks)
+    latest = newest_checkpoint(config, ranks)
     if latest is not None:
         _refuse_changes(config, source, checkpoint_files.read_manifest(latest).header)
     elif config.backbone.weights is not None:
@@ -72,7 +108,7 @@ def begin(config: RunConfig, source: Source, ranks: Ranks, micro: int) -> tuple[
     return trained, None if latest is None else trained.restore(latest, ranks)
 
 
-def agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
+def newest_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
     """The newest whole checkpoint, None if there is none; what killed saves have left goes."""
     if ranks.is_first:
         checkpoint_files.clean(config.run_dir)
@@ -81,8 +117,7 @@ def agreed_checkpoint(config: RunConfig, ranks: Ranks) -> Path | None:
 
 def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
     """Begin with the weights in `file`. Raises ValueError if it does not fit or ranks see different ones."""
-    sums = [0] * ranks.world_size
-    dist.all_gather_object(sums, weights.load(model, file), group=ranks.group)
+    sums = gather_json(weights.load(model, file), ranks.group)
     if len(set(sums)) > 1:
         other = next(rank for rank, crc32 in enumerate(sums) if crc32 != sums[0])
         raise ValueError(
@@ -94,7 +129,7 @@ def _load_weights(model: backbones.Backbone, file: Path, ranks: Ranks) -> None:
 def _refuse_changes(config: RunConfig, source: Source, header: Header) -> None:
     try:
         # Keys that are newer than the checkpoint had their defaults then.
-        before = RunConfig.model_validate(header.config).model_dump(mode="json")
+        before = from_saved(header.config).model_dump(mode="json")
     except ValidationError:
         before = header.config
     changed = differences(

@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete, or not at all, and files that are on the disk when written."""
+"""Atomic writes: files and folders that appear complete or not at all, and files flushed to the disk."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, which gets its name when the block is left without an exception.
+    """Create a hidden folder beside `out`, and rename it to `out` if the block ends without an exception.
 
-    What a killed process left there is removed first.
+    Remains of a killed process are removed first.
 
-    Raises ValueError if `out` has content or is being written, and OSError, naming it, if the disk is full.
+    Raises ValueError if `out` has content or is being written, and OSError, which names `out`, if the disk is
+    full.
     """
     require_empty(out)
     out = out.resolve()
@@ -39,16 +40,18 @@ def staged(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_file(out: Path) -> Iterator[Path]:
-    """A hidden name beside `out` with the same suffix, to write a file to.
+    """Return a hidden path beside `out` with the same suffix, to write a file to.
 
-    The file is put on the disk and gets the name `out`, which may be another's until then, when the block is
-    left without an exception; else it is removed.
+    If the block ends without an exception, the file is flushed to the disk and renamed to `out`, and replaces
+    an earlier file of this name; else it is removed.
 
-    Raises ValueError if there is no folder for it, and OSError, naming it, if the disk is full.
+    Raises ValueError if `out` has no parent folder, and OSError, which names `out`, if the disk is full.
     """
     if not out.parent.is_dir() or out.is_dir():
         found = "a folder" if out.is_dir() else f"no folder {out.parent}"
-        raise ValueError(f"{out}: expected a file to write in a folder that is there, found {found}")
+        raise ValueError(
+            f"{out}: expected a file to write in an existing folder, found {found}; choose another path"
+        )
     partial = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
         with naming_full_disks(out):
@@ -61,7 +64,7 @@ def staged_file(out: Path) -> Iterator[Path]:
 
 
 def require_empty(out: Path) -> None:
-    """Raises ValueError if `out` is there and is not an empty folder."""
+    """Raise ValueError if `out` exists and is not an empty folder."""
     if not out.exists():
         return
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
@@ -72,14 +75,14 @@ def require_empty(out: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if it is missing, for this process. Raises ValueError if another one holds it."""
+    """Lock `folder`, created if missing, for this process. Raises ValueError if another one has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing it; wait for its end") from None
+            raise ValueError(f"{folder}: another process is writing it; wait until it ends") from None
         yield
     finally:
         os.close(handle)
@@ -87,7 +90,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_full_disks(out: Path) -> Iterator[None]:
-    """Errors for want of space do not say where, nor what became of what was written: say it."""
+    """Add the path, the free space and the state of the output to an OSError for a full disk."""
     try:
         yield
     except OSError as error:
@@ -95,13 +98,13 @@ def naming_full_disks(out: Path) -> Iterator[None]:
             raise
         free_gb = shutil.disk_usage(out.parent).free / 1e9
         raise OSError(
-            f"{out}: expected room to write, found none ({error.strerror}; {free_gb:.1f} GB are free "
-            "now); nothing unfinished was left under a final name; free some space, or write elsewhere"
+            f"{out}: expected space to write, found none ({error.strerror}; {free_gb:.1f} GB are free "
+            "now); no incomplete file has a final name; free some space, or write to another disk"
         ) from error
 
 
 def write_through(path: Path, text: str) -> None:
-    """Write a file whose content is on the disk when this returns; its name may still be on the way."""
+    """Write a file and flush its content, but not its directory entry, to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

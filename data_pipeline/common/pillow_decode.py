@@ -1,4 +1,4 @@
-"""Single images through Pillow, wherever it is not training that decodes."""
+"""Decoding of single images with Pillow, outside training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# An image with a side outside these is no face crop, and a much larger one would fill the memory.
+# An image with a side outside this range is not a face crop, and a much larger one would fill the memory.
 SIDES_PX = (16, 4096)
 
 
 class DecodeError(ValueError):
-    """An image that cannot be decoded: its `name` and the `reason`."""
+    """An image cannot be decoded; the error has its `name` and the `reason`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be decoded: {reason}; remove or repair it")
@@ -20,13 +20,13 @@ class DecodeError(ValueError):
 
 
 def decoded(encoded: np.ndarray, name: str) -> Image.Image:
-    """The picture in the encoded bytes uint8 [n]. Raises DecodeError, which calls it `name`."""
+    """Decode the bytes uint8 [n] of an image. Raises DecodeError with the image's `name`."""
     try:
         image = Image.open(io.BytesIO(encoded.tobytes()))
         image.load()
     except UnidentifiedImageError:
         reason = f"no known image format, it begins with {encoded[:8].tobytes()!r}"
-    # Pillow's readers raise more kinds of errors on damaged files than they document.
+    # Pillow does not document all exceptions that its readers raise for damaged files.
     except Exception as error:
         reason = str(error)
     else:
@@ -35,7 +35,7 @@ def decoded(encoded: np.ndarray, name: str) -> Image.Image:
 
 
 def wrong_size(width: int, height: int) -> str | None:
-    """What is wrong with an image of this size, in pixels; None if nothing is."""
+    """Return the reason why an image of this size, in pixels, is refused; None if it is accepted."""
     low, high = SIDES_PX
     if low <= min(width, height) and max(width, height) <= high:
         return None
@@ -43,5 +43,5 @@ def wrong_size(width: int, height: int) -> str | None:
 
 
 def kind(image: Image.Image) -> str:
-    """Format, size and mode, as in "JPEG 112x112 RGB"."""
+    """Return format, size and mode, as in "JPEG 112x112 RGB"."""
     return f"{image.format} {image.width}x{image.height} {image.mode}"

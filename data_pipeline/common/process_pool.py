@@ -1,4 +1,4 @@
-"""One function over many arguments, in several processes, results in order and only a few in memory."""
+"""A process pool that yields results in order and keeps only a few of them in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-_AHEAD = 4  # results per process that may wait to be taken
+_AHEAD = 4  # maximum number of waiting results per process
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -23,10 +23,10 @@ def in_order(
 ) -> Generator[Result]:
     """Yield `call(*a)` for each `a` of `arguments`, computed by `processes`, by default one for each core.
 
-    What a call raises is raised here, at its turn.
+    An exception of a call is raised in place of its result.
     """
     processes = processes or len(os.sched_getaffinity(0))
-    # Forked: a spawned process first imports all that the caller has, which may be all of PyTorch.
+    # The processes are forked: a spawned one imports the caller's modules first, which may include PyTorch.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start)
     calls = (pool.submit(call, *a) for a in arguments)
     try:
@@ -39,6 +39,6 @@ def in_order(
 
 
 def _start() -> None:
-    """Ctrl-C is the parent's to handle; a process whose parent was killed ends as well."""
+    """Leave Ctrl-C to the parent, and end the process when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

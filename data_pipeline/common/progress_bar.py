@@ -1,4 +1,4 @@
-"""A progress bar for those who watch a terminal."""
+"""A progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _REFRESH_S = 0.1
 
 @contextmanager
 def progress_bar(label: str, *, counts_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A callback for (done, total) that moves a bar on stderr; on a terminal only.
+    """Return a callback for (done, total) that moves a bar on stderr, if stderr is a terminal.
 
-    It draws in the caller's thread, since a process with threads cannot be forked safely.
+    It draws in the caller's thread, because a process with threads cannot be forked safely.
     """
     console = Console(stderr=True)
     count: ProgressColumn = DownloadColumn() if counts_bytes else MofNCompleteColumn()

@@ -1,12 +1,12 @@
-"""What a container (RecordIO folder, folder of images, tar shards...) tells the catalog.
+"""The interface between the catalog and a container (RecordIO folder, folder of images, tar shards...).
 
 A container is a module with three functions:
 
-    list_files(folder) -> FileTable | None     the files that decide it; None if it is another kind of folder
-    read_records(files, progress) -> Records   where every image lies and whose it is; one pass
+    list_files(folder) -> FileTable | None     the files of the dataset; None for another kind of folder
+    read_records(files, progress) -> Records   position and label of every image, in one pass
     image_of(span, where, offset) -> uint8     the encoded image in a record's bytes; RecordError if damaged
 
-`progress(done, total)` counts bytes. Errors of the dataset as a whole are DatasetErrors.
+`progress(done, total)` counts bytes. An error that concerns the dataset as a whole is a DatasetError.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Progress = Callable[[int, int], None]
 
 
 class RecordError(ValueError):
-    """A record or an index that does not follow its format; names the file and the byte offset."""
+    """A record or an index does not follow its format; the message names the file and the byte offset."""
 
 
 class DatasetError(ValueError):
-    """The dataset as a whole cannot be trained on; names the file, what was expected and what to do."""
+    """A dataset cannot be used for training; the message names the file, the expectation and a remedy."""
 
 
 class Records(NamedTuple):
-    """The N images of a dataset, in the order of their files and of their bytes there.
+    """The N images of a dataset, in the order of their files and of their offsets.
 
     `file_N` int32 is the number of the file in the dataset's FileTable, `offset_N` int64 and `length_N` int32
-    the record's bytes in it, `label_N` int64 the class, `key_N` int64 what the container calls the record.
-    `damaged_D` int64 are the numbers of the records that cannot be read, ascending.
+    are the record's bytes in it, `label_N` int64 is the class, `key_N` int64 is the container's key of the
+    record. `damaged_D` int64 are the numbers of the records that cannot be read, ascending.
     """
 
     file_N: np.ndarray
@@ -54,9 +54,9 @@ COLUMNS = dict(zip(Records._fields, (FILE, OFFSET, LENGTH, LABEL, KEY, OFFSET), 
 
 @dataclass(frozen=True)
 class FileTable:
-    """Files of one folder, with what tells whether they are still the same; holds no object per file.
+    """Files of one folder with their sizes and times, by which a change is detected; no object per file.
 
-    `names` are paths relative to the folder, a zero byte after each; `size_F` and `mtime_F` (ns) int64.
+    `names` are paths relative to the folder, a zero byte after each; `size_F` and `mtime_F` (ns) are int64.
     """
 
     folder: Path
@@ -72,16 +72,16 @@ class FileTable:
         return np.flatnonzero(np.frombuffer(self.names, np.uint8) == 0)
 
     def name(self, file: int) -> str:
-        """The path of a file relative to the folder."""
+        """Return the path of a file relative to the folder."""
         start = int(self._ends[file - 1]) + 1 if file else 0
         return os.fsdecode(self.names[start : int(self._ends[file])])
 
     def path(self, file: int) -> Path:
-        """The path of a file."""
+        """Return the path of a file."""
         return self.folder / self.name(file)
 
     def signature(self) -> bytes:
-        """Changes when a file comes, goes, is renamed, resized or written; not with the folder's place."""
+        """Return a digest of names, sizes and times, which does not depend on the folder's path."""
         digest = hashlib.sha256(self.names)
         digest.update(self.size_F.tobytes())
         digest.update(self.mtime_F.tobytes())
@@ -89,7 +89,7 @@ class FileTable:
 
 
 def table_of(folder: Path, names: Iterable[str]) -> FileTable:
-    """The FileTable of some files in `folder`."""
+    """Return the FileTable of some files in `folder`."""
     blob, numbers = bytearray(), []
     for name in names:
         found = os.stat(folder / name)
@@ -100,7 +100,7 @@ def table_of(folder: Path, names: Iterable[str]) -> FileTable:
 
 
 class Container(Protocol):
-    """The module of a container, as described above."""
+    """The module of a container; the module docstring describes its functions."""
 
     def list_files(self, folder: Path) -> FileTable | None: ...
 

@@ -1,7 +1,7 @@
-"""A folder of images as a dataset: one sub-folder per identity, in natural order (s2 before s10).
+"""The container for a folder of images: one sub-folder per identity, in natural order (s2 before s10).
 
-Every image is a file, so a million images are a million files to ask for their size and time at each start;
-`lgaf data pack` makes one file of them.
+Every start reads the size and the time of every image file, which is slow for millions of files;
+`lgaf data pack` writes them into one file.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ _OTHER_SUFFIXES = {".rec", ".idx", ".tar", ".bin", ".lst", ".tsv", ".csv", ".txt
 
 
 def listed(folder: Path) -> list[Path]:
-    """What a folder holds in natural order; what starts with a dot does not count."""
+    """Return the entries of a folder in natural order, without those whose name starts with a dot."""
     return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=natural)
 
 
 def natural(path: Path) -> tuple[list[str | int], str]:
-    """Sorts numbers inside names by value: text and numbers take turns, so like meets like."""
+    """Return a sort key that orders numbers inside names by value."""
+    # Text and numbers alternate in `parts`, so that a number is only compared with a number.
     parts = re.split(r"([0-9]+)", path.name)
     return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)], path.name
 
 
 def list_files(folder: Path) -> FileTable | None:
-    """The images of all identity folders; None if there is no sub-folder.
+    """Return the images of all identity folders; None if there is no sub-folder.
 
-    Raises DatasetError for an identity without images, or with what is no image by its name.
+    Raises DatasetError for an identity without images, and for a file whose suffix is not that of an image.
     """
     identities = [path for path in listed(folder) if path.is_dir()] if folder.is_dir() else []
     if not identities:
@@ -59,7 +60,7 @@ def list_files(folder: Path) -> FileTable | None:
 
 
 def read_records(files: FileTable, progress: Progress) -> Records:
-    """One record per file, the whole of it; an empty file is a damaged one."""
+    """Return one record per file, which spans the whole file; an empty file is a damaged record."""
     label_N = np.empty(len(files), LABEL)
     label, latest = -1, b""
     start = 0
@@ -79,7 +80,7 @@ def read_records(files: FileTable, progress: Progress) -> Records:
 
 
 def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
-    """The file's bytes, uint8. Raises RecordError if there are none."""
+    """Return the file's bytes, uint8. Raises RecordError if the file is empty."""
     if not span:
         raise RecordError(f"{where}: expected an image, found an empty file")
     return np.frombuffer(span, np.uint8)

@@ -1,8 +1,8 @@
-"""Verification sets (`lfw.bin`, `cfp_fp.bin`, ...): pairs of encoded images, and whether each is one person.
+"""Verification sets (`lfw.bin`, `cfp_fp.bin`, ...): pairs of encoded images, labelled as genuine or impostor.
 
-The file is a pickle of `(images, issame)`: pair i is images[2i] and images[2i+1]. Unpickling runs whatever
-code the file names, and these files come from strangers. So they are read by `plain_pickle`, which knows
-nothing but plain data. Then the counts and types of what came out are checked.
+The file is a pickle of `(images, issame)`: pair i is images[2i] and images[2i+1]. Python's unpickling can run
+code that a file names, and these files come from untrusted sources. So `safe_pickle` reads them, which
+accepts only plain data; then the counts and types of the content are checked.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 
 from data_pipeline.formats.safe_pickle import Array, PickleError, kind_of, load
 
-# Readable by every Python 3; from 3 on, pickles hold bytes as they are.
+# Every Python 3 reads protocol 4; from protocol 3 on, pickles store bytes without an encoding.
 _PROTOCOL = 4
 
 
 class VerificationFileError(ValueError):
-    """A verification file that is not what the format says, or not safe to read; names the file."""
+    """A verification file does not follow its format, or is unsafe to read; the message names the file."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairSet:
-    """P pairs: 2P encoded images, and bool [P], true where both show one person."""
+    """P pairs: 2P encoded images, and bool [P], true where both images show the same identity."""
 
     images: list[bytes]
     issame_P: np.ndarray
@@ -39,10 +39,10 @@ class PairSet:
 
 
 def read_pairs(path: Path) -> PairSet:
-    """Read a verification file written by Python 2 or 3, without running anything it names.
+    """Read a verification file written by Python 2 or 3, without running code that it names.
 
-    Raises VerificationFileError, which names the file, what was expected and what was found, if the file
-    is missing, damaged, or wants more than bytes and uint8 arrays, or if the counts differ.
+    Raises VerificationFileError, which names the file, the expected and the found content, if the file is
+    missing or damaged, if it needs more than bytes and uint8 arrays, or if the counts differ.
     """
     if not path.is_file():
         raise VerificationFileError(f"{path}: expected a verification file, found none; correct its path")
@@ -62,7 +62,7 @@ def read_pairs(path: Path) -> PairSet:
 def write_pairs(path: Path, images: Sequence[bytes], issame: Sequence[bool]) -> None:
     """Write a verification file of 2P encoded images and P booleans; it appears only when complete.
 
-    Raises VerificationFileError if the counts differ, an image is not bytes, or a truth is not a boolean.
+    Raises VerificationFileError if the counts differ, an image is not bytes, or an `issame` is not a boolean.
     """
     pairs = _checked(images, issame, path)
     partial = path.with_name(path.name + ".part")
@@ -101,7 +101,7 @@ def _truth(item: object, where: str) -> bool:
 
 
 def _name(item: object) -> str:
-    """What an error says of an object; never its contents, which may be large."""
+    """Return the description of an object for errors, without its contents, which may be large."""
     if isinstance(item, tuple | list):
         return f"a {kind_of(item)} of {len(item)}: {[kind_of(part) for part in item[:4]]}"
     return "no bytes" if item == b"" else kind_of(item)

@@ -1,13 +1,12 @@
-"""InsightFace folders in all their variants: any `.rec` files, each with what stands beside it.
+"""The container for InsightFace folders in all variants: `.rec` files, each with its optional sidecars.
 
-    x.rec          the records; images, and perhaps InsightFace's index records, which have no image
-    x.idx          their keys; without it a record's key is the id in its header
-    x.labels.npy   integer labels, for identities beyond the 2^24 that a record's float32 can tell apart
-    x.tsv          CVLface's list (key, path, label), whose labels count
+    x.rec          the records: images, and possibly InsightFace's index records, which have no image
+    x.idx          the keys; without it a record's key is the id in its header
+    x.labels.npy   integer labels, for more than the 2^24 identities that a record's float32 can distinguish
+    x.tsv          CVLface's list (key, path, label), whose labels replace those of the records
 
-All files of a folder share their classes. What the index says is compared with what the file holds: where
-both are whole and differ they come from different datasets, which is an error; what is broken in the file
-becomes a damaged record.
+All files of a folder share their classes. The index is compared with the file: if both are intact and differ,
+they come from different datasets, which is an error; a damaged part of the file becomes a damaged record.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _LONGEST = np.iinfo(np.int32).max
 
 
 def list_files(folder: Path) -> FileTable | None:
-    """All `.rec` files and what stands beside them; None if the folder has none."""
+    """Return all `.rec` files and their sidecars; None if the folder has none."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     stems = {name[: -len(".rec")] for name in names if name.endswith(".rec") and not name.startswith(".")}
     if not stems:
@@ -48,10 +47,10 @@ def list_files(folder: Path) -> FileTable | None:
 
 
 def read_records(files: FileTable, progress: Progress) -> Records:
-    """The images of all `.rec` files of the folder.
+    """Read the records with images of all `.rec` files of the folder.
 
-    Raises DatasetError or RecordError if a file is truncated, is not RecordIO, holds no image or labels that
-    are no classes, or does not match what stands beside it.
+    Raises DatasetError or RecordError if a file is truncated, is not RecordIO, holds no image, has labels
+    that are not classes, or does not match its sidecars.
     """
     names = [files.name(i) for i in range(len(files))]
     chosen = [i for i, name in enumerate(names) if name.endswith(".rec")]
@@ -69,7 +68,7 @@ def read_records(files: FileTable, progress: Progress) -> Records:
 
 
 def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
-    """The encoded image uint8 in the bytes of one record. Raises RecordError that begins with `where`."""
+    """Return the encoded image uint8 of a record's bytes. Raises RecordError, which begins with `where`."""
     if len(span) > _HEAD_BYTES:
         magic, word, flag = recordio.FRAME_AND_FLAG.unpack_from(span)
         length, begin = word & MAX_LENGTH, _HEAD_BYTES + 4 * flag
@@ -86,7 +85,7 @@ def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
 def _read_file(rec_path: Path, file: int, names: set[str], progress: Progress) -> Records:
     size = rec_path.stat().st_size
     if size < FRAME_HEADER.size:
-        raise DatasetError(f"{rec_path}: {size} bytes, too short for one record; copy it anew")
+        raise DatasetError(f"{rec_path}: {size} bytes, too short for one record; copy it again")
     require_recordio(rec_path)
     idx_path = rec_path.with_suffix(".idx")
     has_index = idx_path.name in names
@@ -98,7 +97,9 @@ def _read_file(rec_path: Path, file: int, names: set[str], progress: Progress) -
         found = scan(rec_path, progress)
     _require_whole(rec_path, found, has_index, size)
     if not found.has_image_R.any():
-        raise DatasetError(f"{rec_path}: none of its {len(found.offset_R)} records holds an image")
+        raise DatasetError(
+            f"{rec_path}: expected images, found none in its {len(found.offset_R)} records; copy it again"
+        )
     length_R = np.minimum(np.diff(found.offset_R, append=size), _LONGEST).astype(LENGTH)
     length_R[found.gap_R] = np.minimum(length_R[found.gap_R], GAP_BYTES)
     keep_R = found.has_image_R
@@ -120,18 +121,18 @@ def _check_offsets(rec_path: Path, key_N: np.ndarray, offset_N: np.ndarray, size
     if offset_N[-1] >= size:
         raise DatasetError(
             f"{rec_path} ends at byte {size}, but {idx_path.name} lists key {key_N[-1]} at byte "
-            f"{offset_N[-1]}: {rec_path.name} is truncated or belongs to another index; copy both anew"
+            f"{offset_N[-1]}: {rec_path.name} is truncated or belongs to another index; copy both again"
         )
     twice = np.flatnonzero(offset_N[1:] == offset_N[:-1])
     if len(twice):
         raise DatasetError(
-            f"{idx_path}: keys {key_N[twice[0]]} and {key_N[twice[0] + 1]} "
-            f"both lie at byte {offset_N[twice[0]]}"
+            f"{idx_path}: expected one key per offset, found the keys {key_N[twice[0]]} and "
+            f"{key_N[twice[0] + 1]} at byte {offset_N[twice[0]]}; copy it again"
         )
 
 
 def _with_index(rec_path: Path, found: Scan, key_N: np.ndarray, offset_N: np.ndarray, size: int) -> Scan:
-    """The records as the index lists them. Raises DatasetError where it contradicts whole records."""
+    """Return the records that the index lists. Raises DatasetError if it contradicts intact records."""
     if np.array_equal(found.offset_R, offset_N):
         return found._replace(key_R=key_N)
     at_R = np.minimum(np.searchsorted(offset_N, found.offset_R), len(offset_N) - 1)
@@ -140,9 +141,9 @@ def _with_index(rec_path: Path, found: Scan, key_N: np.ndarray, offset_N: np.nda
         first = int(found.offset_R[np.argmax(is_unlisted_R)])
         before = int(np.searchsorted(offset_N, first)) - 1
         what = (
-            f"its first record lies at byte {offset_N[0]}, says the index"
+            f"in the index, the first record lies at byte {offset_N[0]}"
             if before < 0
-            else f"a record begins there that is not listed, key {key_N[before]} being the last before it"
+            else f"the index lacks the record that begins there, after the one of key {key_N[before]}"
         )
         raise DatasetError(_mismatch(rec_path, first, what))
     within_N = np.searchsorted(found.offset_R, offset_N, side="right") - 1
@@ -151,7 +152,7 @@ def _with_index(rec_path: Path, found: Scan, key_N: np.ndarray, offset_N: np.nda
     if is_inside_N.any():
         i = int(np.argmax(is_inside_N))
         raise DatasetError(
-            _mismatch(rec_path, int(offset_N[i]), f"key {key_N[i]} is listed inside another record")
+            _mismatch(rec_path, int(offset_N[i]), f"the index lists key {key_N[i]} inside another record")
         )
     found_end_R = np.append(found.offset_R[1:], size)
     reaches_N = found_end_R[within_N] == np.append(offset_N[1:], size)
@@ -170,26 +171,27 @@ def _with_index(rec_path: Path, found: Scan, key_N: np.ndarray, offset_N: np.nda
 def _mismatch(rec_path: Path, at: int, found: str) -> str:
     return (
         f"{rec_path} and {rec_path.with_suffix('.idx').name} do not match at byte {at}: {found}; "
-        "they come from different datasets or one is damaged; copy both anew"
+        "they come from different datasets or one is damaged; copy both again"
     )
 
 
 def _require_whole(rec_path: Path, found: Scan, has_index: bool, size: int) -> None:
-    """Without an index nothing tells a damaged end from a missing one."""
+    """Raise DatasetError if the file is truncated."""
     if found.end > size:
         name = f" (key {found.key_R[-1]} of {rec_path.with_suffix('.idx').name})" if has_index else ""
         raise DatasetError(
             f"{rec_path}{name}: truncated: its last record, at byte {found.offset_R[-1]}, should end at byte "
-            f"{found.end}, the file has {size} bytes; copy it anew"
+            f"{found.end}, the file has {size} bytes; copy it again"
         )
+    # Without an index, a damaged end cannot be distinguished from a missing one.
     if found.end < size and not has_index:
         raise DatasetError(
-            f"{rec_path}: truncated: its last {size - found.end} bytes are no record; copy it anew"
+            f"{rec_path}: truncated: its last {size - found.end} bytes are not a record; copy it again"
         )
 
 
 def _labels(rec_path: Path, found: Scan, names: set[str]) -> np.ndarray:
-    """Labels int64 of the records, from the best source there is."""
+    """Return labels int64 of the records: from the labels file, else from the list, else as stored."""
     tsv_path = rec_path.with_suffix(".tsv")
     if rec_path.with_suffix(LABELS_SUFFIX).name in names:
         source = rec_path.with_suffix(LABELS_SUFFIX)
@@ -206,7 +208,7 @@ def _labels(rec_path: Path, found: Scan, names: set[str]) -> np.ndarray:
 
 
 def _whole_labels(rec_path: Path, found: Scan) -> np.ndarray:
-    """Labels as stored: float32, in which only whole numbers up to 2^24 are exact."""
+    """Return the stored labels, which are float32 and so exact only for whole numbers up to 2^24."""
     label_R = found.label_R
     with np.errstate(invalid="ignore"):
         bad_R = ~((label_R >= 0) & (label_R <= FLOAT32_EXACT) & (label_R == np.floor(label_R)))
@@ -216,15 +218,15 @@ def _whole_labels(rec_path: Path, found: Scan) -> np.ndarray:
             raise DatasetError(
                 f"{rec_path}: key {found.key_R[i]} at byte {found.offset_R[i]} has label {label_R[i]}, "
                 f"expected a whole number from 0 to {FLOAT32_EXACT} ({int(wrong_R.sum())} such records); "
-                f"labels beyond that go into {rec_path.with_suffix(LABELS_SUFFIX).name}"
+                f"store larger labels in {rec_path.with_suffix(LABELS_SUFFIX).name}"
             )
-        # The header of a damaged record may say anything; believed is what makes no new class.
+        # The label of a damaged record may be wrong, so it must not add a class.
         largest = label_R[~found.damaged_R].max(initial=0)
         return np.where(bad_R | (found.damaged_R & (label_R > largest)), 0, label_R).astype(LABEL)
 
 
 def _look_up(source: Path, key_T: np.ndarray, label_T: np.ndarray, found: Scan) -> np.ndarray:
-    """The label of every record by its key. Raises DatasetError if one is missing or no class."""
+    """Return the label of every record by its key. Raises DatasetError if one is missing or negative."""
     if not (key_T[1:] > key_T[:-1]).all():
         order = np.argsort(key_T, kind="stable")
         key_T, label_T = key_T[order], label_T[order]
@@ -237,6 +239,6 @@ def _look_up(source: Path, key_T: np.ndarray, label_T: np.ndarray, found: Scan) 
         what = f"label {label_R[i]}" if is_known_R[i] else "no label"
         raise DatasetError(
             f"{source}: {what} for key {found.key_R[i]}, expected a class of every image "
-            f"({int(wrong_R.sum())} such records); copy it anew from where the .rec came from"
+            f"({int(wrong_R.sum())} such records); copy it again from the source of the .rec file"
         )
     return label_R

@@ -1,11 +1,11 @@
-"""The records of a RecordIO file, found in the file itself: one sequential pass, in arrays.
-
-The format promises that the frame magic stands at a multiple of four bytes only where a frame begins, as
-writers cut payloads there. So the frames are the places of the magic, and each must end where the next one
-begins. Where that fails, something is damaged (or was written by somebody who did not cut), and because every
-magic is known, the damage stays with its record: the scan goes on at the next frame.
+"""A scan for the records of a RecordIO file without its index: one sequential pass, with arrays as result.
 
     magics -> frames -> frames that follow each other -> records (one frame, or a start, middles and an end)
+
+In this format the frame magic stands at a multiple of four bytes only where a frame begins, because writers
+split payloads there. So every such magic is a frame, and each frame must end where the next one begins. If it
+does not, the record is damaged, or its writer did not split the payload. The scan continues at the next
+frame, so the damage stays limited to one record.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from data_pipeline.formats.recordio import (
 _CHUNK_BYTES = 1 << 24
 _LOOK_BYTES = 1 << 20
 _HEAD_BYTES = FRAME_HEADER.size + IMAGE_HEADER.size + 4
-# A damaged place without a frame header has a record of this length: reading it shows what is wrong.
+# Length of the record for a damaged range without a frame header: reading the record reports the damage.
 GAP_BYTES = FRAME_HEADER.size
 
 
 class Scan(NamedTuple):
-    """The R records of a file in order, each reaching to the next.
+    """The R records of a file in order; each one reaches to the next.
 
-    `offset_R` and `key_R` (the header's) are int64; `label_R` is float32, unchecked; `has_image_R` is false
-    for InsightFace's index records; `damaged_R` marks what cannot be read, `gap_R` those of them that do not
-    even begin with a frame. `end` is where the last record ends by its own account, the file's size if whole.
+    `offset_R` and `key_R` (from the header) are int64; `label_R` is float32, unchecked; `has_image_R` is
+    false for InsightFace's index records; `damaged_R` marks records that cannot be read, and `gap_R` those of
+    them that do not begin with a frame. `end` is the end of the last record by its header's length, which is
+    the file's size if the file is intact.
     """
 
     offset_R: np.ndarray
@@ -54,13 +55,13 @@ class Scan(NamedTuple):
     end: int
 
     def chosen(self, which: np.ndarray) -> Scan:
-        """Some of the records."""
+        """Return the records that `which` selects."""
         *columns, end = self
         return Scan(*(column[which] for column in columns), end)  # type: ignore[call-arg]
 
 
 class _Frames(NamedTuple):
-    """Offset int64, part kind uint8, payload length int64; then what an image header there would say."""
+    """Offset int64, part kind uint8 and payload length; then the image header's fields, if there is one."""
 
     offset: np.ndarray
     kind: np.ndarray
@@ -73,7 +74,7 @@ class _Frames(NamedTuple):
         return self.offset + FRAME_HEADER.size + (self.length + 3 & ~3)
 
     def labels_end(self) -> np.ndarray:
-        """Where in the payload the image begins."""
+        """Return the offset of the image in the payload."""
         return IMAGE_HEADER.size + 4 * self.flag.astype(np.int64)
 
 
@@ -84,7 +85,7 @@ def require_recordio(path: Path) -> None:
     if recordio.MAGIC_BYTES not in head:
         raise DatasetError(
             f"{path} is not RecordIO: it begins with 0x{int.from_bytes(head[:4], 'little'):08x}, "
-            f"expected 0x{MAGIC:08x}"
+            f"expected 0x{MAGIC:08x}; copy it again, or correct data.path"
         )
 
 
@@ -94,7 +95,10 @@ def scan(path: Path, progress: Progress) -> Scan:
         size = os.fstat(file.fileno()).st_size
         frames = _join_columns(_frames_in_chunks(file.fileno(), size, progress))
     if not len(frames.offset):
-        raise DatasetError(f"{path} is not RecordIO: no frame begins at a multiple of 4 bytes")
+        raise DatasetError(
+            f"{path} is not RecordIO: expected frames at multiples of 4 bytes, found none; copy it again, or "
+            "correct data.path"
+        )
     follows = frames.end() == np.append(frames.offset[1:], size)
     if frames.offset[0] == 0 and follows.all():
         damaged = is_gap = np.zeros(len(follows), bool)
@@ -104,7 +108,7 @@ def scan(path: Path, progress: Progress) -> Scan:
 
 
 def _join_columns(chunks: Iterator[_Frames]) -> _Frames:
-    """All chunks in one; a column at a time, so that little is held twice."""
+    """Concatenate all chunks, one column at a time, so that only one column is in memory twice."""
     columns = [list(column) for column in zip(*chunks, strict=True)]
     joined = []
     while columns:
@@ -113,7 +117,7 @@ def _join_columns(chunks: Iterator[_Frames]) -> _Frames:
 
 
 def _frames_in_chunks(descriptor: int, size: int, progress: Progress) -> Iterator[_Frames]:
-    """The frames of the file, chunk by chunk; each chunk is read with the head that may begin in its end."""
+    """Yield the frames of the file by chunks; each read includes a header that begins at the chunk's end."""
     buffer = np.zeros((_CHUNK_BYTES + _HEAD_BYTES) // 4, np.uint32)
     for start in range(0, size, _CHUNK_BYTES):
         _fill(buffer.view(np.uint8), descriptor, start)
@@ -122,7 +126,7 @@ def _frames_in_chunks(descriptor: int, size: int, progress: Progress) -> Iterato
 
 
 def _fill(buffer: np.ndarray, descriptor: int, start: int) -> None:
-    """Read from `start` on until the buffer is full; zeros, in which there are no frames, after the end."""
+    """Fill the buffer from byte `start`; after the end of the file with zeros, which contain no frames."""
     at = 0
     while at < len(buffer) and (got := os.preadv(descriptor, [buffer[at:].data], start + at)):
         at += got
@@ -143,7 +147,7 @@ def _frames_of(buffer: np.ndarray, start: int) -> _Frames:
 
 
 def _mend(frames: _Frames, follows: np.ndarray, size: int) -> tuple[_Frames, np.ndarray, np.ndarray]:
-    """Decide at every frame that does not end where the next begins which of the two is wrong."""
+    """Find the damaged one of two frames wherever a frame does not end where the next one begins."""
     keep, damaged = np.ones(len(follows), bool), np.zeros(len(follows), bool)
     end, begins = frames.end(), np.append(frames.offset, size)
     gaps = [0] if begins[0] > 0 else []
@@ -153,11 +157,11 @@ def _mend(frames: _Frames, follows: np.ndarray, size: int) -> tuple[_Frames, np.
         if not keep[i]:
             continue
         if is_at_frame and not follows[i + 1 : j].any():
-            keep[i + 1 : j] = False  # magics that its writer left in the payload
+            keep[i + 1 : j] = False  # the writer left these magics in the payload
         elif end[i] < begins[i + 1]:
-            gaps.append(int(end[i]))  # the magic of the next frame is gone
+            gaps.append(int(end[i]))  # the magic of the next frame is damaged
         elif end[i] <= size or i + 1 < len(follows):
-            damaged[i] = True  # its length leads astray
+            damaged[i] = True  # its length is wrong
     joined = _Frames(*(_with_zeros(column[keep], len(gaps)) for column in frames))
     joined.offset[int(keep.sum()) :] = gaps
     is_gap = np.arange(len(joined.offset)) >= keep.sum()
@@ -181,7 +185,7 @@ def _records(path: Path, frames: _Frames, damaged: np.ndarray, is_gap: np.ndarra
         starts, damaged = _group(frames, damaged)
         first = np.flatnonzero(starts)
         has_image[first[frames.kind[first] == START]] = True
-        # Cut before its image begins: only the joined record tells.
+        # A record that is split inside its labels: only the joined record shows if there is an image.
         for frame in first[~damaged[first] & (frames.kind[first] == START)].tolist():
             if frames.length[frame] < labels_end[frame]:
                 _read_slowly(path, frames, frame, has_image, damaged)
@@ -190,7 +194,7 @@ def _records(path: Path, frames: _Frames, damaged: np.ndarray, is_gap: np.ndarra
 
 
 def _group(frames: _Frames, damaged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which frames begin records; and `damaged` with every record that lacks a part or has one too many."""
+    """Return which frames begin records, and `damaged` with the records that have wrong parts added."""
     before = np.concatenate([[WHOLE], frames.kind[:-1]])
     continues = (frames.kind == MIDDLE) | (frames.kind == END)
     is_open = (before == START) | (before == MIDDLE)
@@ -204,7 +208,7 @@ def _group(frames: _Frames, damaged: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _read_slowly(path: Path, frames: _Frames, frame: int, has_image: np.ndarray, damaged: np.ndarray) -> None:
-    """Correct what `frames` and the flags say of a record whose header is cut in parts."""
+    """Correct `frames` and the flags of a record whose header is split into several frames."""
     start = int(frames.offset[frame])
     last = frame + int(np.argmax(frames.kind[frame:] == END))
     with open(path, "rb") as file:

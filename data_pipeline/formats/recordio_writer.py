@@ -1,15 +1,14 @@
-"""Writing an InsightFace dataset: images, then the records that say where each identity begins and ends.
+"""Writers of RecordIO datasets, in InsightFace's layout and in im2rec's.
+
+InsightFace's layout has images sorted by identity, and index records of each identity's first and last image:
 
     keys 1..N             the images, identity after identity
     key 0                 labels [N+1, N+1+C], no image: the keys of the identity records
     keys N+1..N+C         labels [first, last+1], no image: the keys of one identity's images
 
-`train.rec` holds the records in this order, `train.idx` their offsets, `property` the line "C,height,width".
-Labels are float32, and so are the keys above, which bounds N+1+C.
-
-Where the labels come in any order, or there are more of them, the layout is that of im2rec, in which the
-large sets are published: keys 0..N-1, the images, and no other records. Labels that float32 cannot hold stand
-as NaN there, which no reader takes for a class, and all labels as whole numbers in a sidecar.
+im2rec's layout, in which the large sets are published, has the images in any order under the keys 0..N-1, and
+no other records. In both, `train.rec` holds the records, `train.idx` their offsets, and `property` the line
+"C,height,width".
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from data_pipeline.formats.recordio import FLOAT32_EXACT, RecordWriter, pack
 
 
 class InsightFaceWriter:
-    """Writes one dataset into `folder`; its files appear under their names only when all is written.
+    """Writes one dataset into `folder`; its files get their names only when all of them are complete.
 
-    Used as a context manager: leaving it by an exception removes what was written, and what the folder
-    held before is still there. The images are `size` x `size` pixels.
+    The writer is a context manager: an exception inside it removes the new files and leaves earlier files of
+    the folder unchanged. The images are `size` x `size` pixels.
     """
 
     def __init__(self, folder: Path, *, size: int) -> None:
@@ -43,10 +42,10 @@ class InsightFaceWriter:
         self._records = RecordWriter(folder / "train.rec")
 
     def add(self, image: bytes, labels: float | tuple[float, ...]) -> None:
-        """Append an encoded image under the next key; its class is the label, or the first of them.
+        """Append an encoded image under the next key; its class is the label, or the first of several labels.
 
-        Raises ValueError for an empty image, for classes that do not come one after the other from 0, and
-        for more images and classes than the format's float32 can count.
+        Raises ValueError for an empty image, for classes that are not consecutive from 0, and for more images
+        and classes than float32 can count exactly.
         """
         identity = labels[0] if isinstance(labels, tuple) else labels
         latest = len(self._first_keys) - 1
@@ -57,11 +56,15 @@ class InsightFaceWriter:
                 "sort the images by class, and count the classes from 0"
             )
         if not image:
-            raise ValueError(f"image {self._next_key}, of class {identity:g}, is empty")
+            raise ValueError(
+                f"image {self._next_key} of class {identity:g}: expected an encoded image, found no bytes"
+            )
+        # The index records store keys as float32 labels, which bounds N + 1 + C.
         if self._next_key + 1 + int(identity) + 1 > FLOAT32_EXACT:
             raise ValueError(
-                f"image {self._next_key} of class {identity:g}: the index records of an InsightFace dataset "
-                f"are float32 and exact up to {FLOAT32_EXACT}, images and identities together; write several"
+                f"image {self._next_key} of class {identity:g}: expected at most {FLOAT32_EXACT} images and "
+                "identities together, because the index records of an InsightFace dataset are float32; write "
+                "several datasets"
             )
         if identity > latest:
             self._first_keys.append(self._next_key)
@@ -88,7 +91,7 @@ class InsightFaceWriter:
             partial.unlink(missing_ok=True)
 
     def _write_index_records(self) -> None:
-        """Key 0 and the identities."""
+        """Write the records of key 0 and of the identities."""
         if not self._first_keys:
             raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
         end, ends = self._next_key, [*self._first_keys[1:], self._next_key]
@@ -98,10 +101,10 @@ class InsightFaceWriter:
 
 
 class FlatWriter:
-    """Writes a dataset in im2rec's layout into `folder`, whose files appear together when all is written.
+    """Writes a dataset in im2rec's layout into `folder`; its files get their names when all are complete.
 
-    Used as a context manager: leaving it by an exception removes what was written. `image_size` is what
-    `property` says of the images, (height, width) in pixels.
+    The writer is a context manager: an exception inside it removes the new files. `image_size` is the
+    (height, width) in pixels to write into `property`.
     """
 
     def __init__(self, folder: Path, *, image_size: tuple[int, int]) -> None:
@@ -118,6 +121,7 @@ class FlatWriter:
                 f"image {len(self._labels)}: expected an image and a label from 0 to 2^63 - 1, "
                 f"found {len(image)} bytes and label {label}"
             )
+        # float32 does not hold larger labels. No reader accepts NaN as a class; the sidecar has all labels.
         key = len(self._labels)
         self._records.write(key, pack(float(label) if label <= FLOAT32_EXACT else math.nan, key, image))
         self._labels.append(label)
@@ -131,7 +135,7 @@ class FlatWriter:
         if kind is not None:
             self._records.__exit__(kind, error, trace)
             return
-        # The records get their names last: an index is there only with all that belongs to it.
+        # The records get their names last, so that an index exists only together with its other files.
         with self._records:
             if not self._labels:
                 raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")

@@ -1,6 +1,6 @@
-"""A folder of WebDataset shards as a dataset: all of its `.tar` files, in the order of their names.
+"""The container for a folder of WebDataset shards: all of its `.tar` files, in the order of their names.
 
-A record's key is the number of its sample in its shard.
+The key of a record is the number of its sample in the shard.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LARGEST = np.iinfo(LENGTH).max
 
 
 def list_files(folder: Path) -> FileTable | None:
-    """The shards; None if the folder has none.
+    """Return the shards; None if the folder has none.
 
-    Raises DatasetError if a shard is compressed, or the folder is still being written.
+    Raises DatasetError if a shard is compressed, or if the folder is still being written.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     shards = [name for name in names if ".tar" in Path(name).suffixes or name.endswith(".tgz")]
@@ -39,20 +39,20 @@ def list_files(folder: Path) -> FileTable | None:
     if unfinished:
         raise DatasetError(
             f"{folder / unfinished[0]}: {folder} is not complete; finish its conversion, or remove this file "
-            "if none is running"
+            "if no conversion is running"
         )
-    # Left out silently, their samples would be missing.
+    # Skipping compressed shards silently would lose their samples.
     packed = [name for name in shards if not name.endswith(".tar")]
     if packed:
         raise DatasetError(
-            f"{folder / packed[0]}: expected uncompressed shards (*.tar), of which images are read as byte "
-            f"ranges; unpack the {len(packed)} compressed ones"
+            f"{folder / packed[0]}: expected uncompressed shards (*.tar), because images are read as byte "
+            f"ranges, found {len(packed)} compressed ones; decompress them"
         )
     return table_of(folder, shards)
 
 
 def read_records(files: FileTable, progress: Progress) -> Records:
-    """The samples of all shards. Raises ShardError, naming shard and offset."""
+    """Read the samples of all shards. Raises ShardError, which names shard and offset."""
     parts, done, total = [], 0, int(files.size_F.sum())
     for number in range(len(files)):
         index = index_shard(files.path(number))
@@ -70,7 +70,9 @@ def read_records(files: FileTable, progress: Progress) -> Records:
         done += int(files.size_F[number])
         progress(done, total)
     if not sum(len(part.label_N) for part in parts):
-        raise DatasetError(f"{files.folder}: none of its {len(files)} shards holds a sample")
+        raise DatasetError(
+            f"{files.folder}: expected samples, found none in its {len(files)} shards; copy it again"
+        )
     starts = np.cumsum([0, *(len(part.label_N) for part in parts)])
     shifted = [
         part._replace(damaged_D=part.damaged_D + start) for part, start in zip(parts, starts, strict=False)
@@ -80,7 +82,7 @@ def read_records(files: FileTable, progress: Progress) -> Records:
 
 
 def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
-    """The image's bytes, uint8. Raises RecordError if it is longer than any image."""
+    """Return the image's bytes, uint8. Raises RecordError if it is too long for an image."""
     if len(span) >= _LARGEST:
         raise RecordError(f"{where}: expected an image, found a file of {_LARGEST} bytes or more")
     return np.frombuffer(span, np.uint8)

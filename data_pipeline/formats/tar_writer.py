@@ -1,4 +1,4 @@
-"""WebDataset shards written: uncompressed tar files of numbered samples, an image and its label each."""
+"""A writer of WebDataset shards: uncompressed tar files of numbered samples, each an image and its label."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ END = bytes(2 * BLOCK)
 
 
 def sample(number: int, image: bytes, label: int) -> bytes:
-    """The members of sample `number`: an encoded image and its label. A shard is some of these, then END.
+    """Return the tar members of sample `number`: an encoded image and its label.
 
-    Nothing of time or user is in them.
+    A shard consists of samples and END. The members hold neither a time nor a user.
 
     Raises ValueError for an empty image or a label that is not in [0, 2^63).
     """
@@ -36,12 +36,12 @@ def sample(number: int, image: bytes, label: int) -> bytes:
 class ShardWriter:
     """Writes samples into `folder` as `train-000000.tar`, `train-000001.tar`, ...
 
-    A shard ends before it would have more than `samples` samples or, with a second one, `size_bytes` bytes.
-    It is written under a temporary name and gets its own when it is complete and on disk, so that shards that
-    are there are whole, whatever happens. Nothing of time or user is stored: the same samples give the same
-    bytes. Sample number `first_sample` is the first to be added, to shard number `first_shard`.
+    A shard has at most `samples` samples and, unless it has only one sample, at most `size_bytes` bytes. It
+    is written under a temporary name and renamed when it is complete and on disk: a shard under its final
+    name is intact. Neither times nor users are stored, so the same samples give the same bytes. The first
+    sample gets the number `first_sample`, the first shard the number `first_shard`.
 
-    Used as a context manager: leaving it by an exception removes the unfinished shard and keeps the others.
+    The writer is a context manager: an exception inside it removes the unfinished shard and keeps the others.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class ShardWriter:
 
     def _discard(self) -> None:
         if self._file is not None:
-            # What a full disk kept from being written would be tried again, and fail again, on closing.
+            # After an error for a full disk, `close` writes the buffer once more and fails again.
             with contextlib.suppress(OSError):
                 self._file.close()
             self._partial.unlink(missing_ok=True)
 
 
 def shard_name(number: int) -> str:
-    """The file name of shard `number`."""
+    """Return the file name of shard `number`."""
     return f"train-{number:06d}.tar"
 
 
@@ -124,5 +124,5 @@ def _member(name: str, content: bytes) -> bytes:
 
 
 def _suffix(image: bytes) -> str:
-    """jpg, unless the image begins as a PNG or WebP does."""
+    """Return png or webp for an image with such a signature, else jpg."""
     return next((name for name, signature in _SIGNATURES.items() if signature.match(image)), "jpg")

@@ -1,7 +1,8 @@
-"""Ranges of bytes from files that must not change while they are in use.
+"""Reads of byte ranges from files that must not change while they are in use.
 
-A file is read by position, not through a memory map: where it has become shorter, a map kills the process
-(SIGBUS), and a read says so. It is as fast (8 KB ranges in one thread, warm: 0.4 million per second both).
+A file is read by position, not through a memory map: if it has been truncated, a map kills the process
+(SIGBUS), and a read returns fewer bytes. Both are equally fast (8 KB ranges in one thread, warm cache: 0.4
+million per second).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from data_pipeline.formats.container import DatasetError, FileTable
 
-# Of the 1024 files that a process usually may have open; further ones are opened for each range.
+# A process may usually have 1024 files open. Files beyond this number are opened for each range.
 _MOST_OPEN = 512
 
 
@@ -27,7 +28,7 @@ class _Opened(NamedTuple):
 
 
 class ByteRanges:
-    """Reads ranges of the files of some tables, which are numbered through."""
+    """Reads ranges of the files of several tables; the files are numbered across the tables."""
 
     def __init__(self, tables: Sequence[FileTable]) -> None:
         self._tables = tables
@@ -36,14 +37,14 @@ class ByteRanges:
         weakref.finalize(self, _close_all, self._kept)
 
     def name(self, file: int) -> str:
-        """The path of a file."""
+        """Return the path of a file."""
         table, within = self._place(file)
         return str(self._tables[table].path(within))
 
     def read(self, file: int, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on.
+        """Return `length` bytes from `offset` on.
 
-        Raises DatasetError if the file cannot be read, or is not the one of its table any more.
+        Raises DatasetError if the file cannot be read, or has changed since its table was made.
         """
         opened = self._kept.get(file)
         if opened is not None:
@@ -87,13 +88,13 @@ class ByteRanges:
             change = "has been written to since"
         raise DatasetError(
             f"{self.name(file)} {change} its catalog was made ({size} bytes then, {found.st_size} now); "
-            "leave a dataset alone while it is used, and start again"
+            "do not change a dataset while it is in use; restart the run"
         )
 
     def _unreadable(self, file: int, error: OSError) -> DatasetError:
         return DatasetError(
-            f"{self.name(file)} was there when its catalog was made and cannot be read now: "
-            f"{error.strerror}; leave a dataset alone while it is used, and start again"
+            f"{self.name(file)} existed when its catalog was made and cannot be read now: "
+            f"{error.strerror}; do not change a dataset while it is in use; restart the run"
         )
 
 

@@ -1,16 +1,12 @@
-"""A dataset as arrays: where the bytes of every image lie, and whose image it is.
+"""The catalog of a dataset: arrays with the position and the label of every image.
 
-    catalog = open_catalog(folder)                 or several folders, whose classes are then numbered through
-    catalog.label_N[i], catalog.image(i)
+catalog = open_catalog(folder)            or several folders, whose classes are numbered consecutively
+catalog.label_N[i], catalog.image(i)
 
-    files     what the folder is (`CONTAINERS`), and the names, sizes and times of its files
-    arrays    from the cache if these are the same as when it was written; else one pass over the files,
-              by one process of a node while the others wait, into the cache
-    checks    of what `property` and the configuration say, which may change without the files
-
-The arrays are memory-mapped: opening costs milliseconds, and the processes of a node share one copy. What
-would make training wrong in general fails here, before a step; a single damaged record stays in, and says
-what is wrong with it when it is asked for its image.
+files     find the folder's container (`CONTAINERS`), and list names, sizes and times of its files
+arrays    take them from the cache if the files are unchanged; else one process of a node reads the
+          files once and writes the cache, while the others wait
+checks    compare the classes with `property` and the configuration, which can change without the files
 """
 
 from __future__ import annotations
@@ -42,12 +38,12 @@ from data_pipeline.quarantine import BadRecord
 
 __all__ = ["Catalog", "DatasetError", "RecordError", "open_catalog", "read_property"]
 
-# In the order in which a folder is asked; images come last, as any sub-folder could hold some.
+# In the order in which a folder is tested. Images come last, because any sub-folder may contain some.
 CONTAINERS: dict[str, Container] = {"recordio": recordio_folder, "tar": tar_folder, "images": image_folder}
 
 _FORMAT = 1
 _HIDDEN = ".lgaf_catalog"
-# Up to so many damaged records, or this share, a dataset is used without them.
+# Up to this number or this share of damaged records, a dataset is used without them.
 _MOST_DAMAGED, _DAMAGED_SHARE = 10, 0.01
 _NAMED = 10
 
@@ -60,7 +56,7 @@ class Dataset(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The path of the folder."""
         return self.files.folder
 
 
@@ -68,7 +64,8 @@ class Catalog:
     """The N images of a dataset, or of several.
 
     `file_N` and `length_N` (bytes) are int32, `offset_N`, `label_N` and `key_N` int64, labels are in
-    [0, num_classes); `damaged_D` are the numbers of the records that cannot be read, ascending int64.
+    [0, num_classes); `damaged_D` are the numbers of the records that cannot be read, ascending int64. A
+    damaged record stays in the catalog, and its `image` raises RecordError.
     """
 
     def __init__(
@@ -87,14 +84,14 @@ class Catalog:
 
     @property
     def identity(self) -> dict[str, int]:
-        """What tells one dataset from another, wherever it lies."""
+        """Numbers that distinguish this dataset from others, independent of its path."""
         return {"images": len(self), "classes": self.num_classes, "labels_crc32": self._labels_crc32}
 
     def image(self, record: int) -> np.ndarray:
-        """The encoded image of one record, uint8.
+        """Return the encoded image of one record, uint8.
 
-        Raises RecordError, naming file, key, offset and reason, if the record is damaged; DatasetError if its
-        file has changed, or is gone.
+        Raises RecordError, which names file, key, offset and reason, if the record is damaged, and
+        DatasetError if its file has changed or is missing.
         """
         file, offset = int(self.file_N[record]), int(self.offset_N[record])
         span = self._bytes.read(file, offset, int(self.length_N[record]))
@@ -105,7 +102,7 @@ class Catalog:
             raise RecordError(f"{self.name_of(record)}{error}") from error
 
     def damage(self, count: int) -> list[str]:
-        """What is wrong with the first `count` damaged records."""
+        """Return the error messages of the first `count` damaged records."""
         reasons = []
         for record in self.damaged_D[:count].tolist():
             try:
@@ -115,12 +112,12 @@ class Catalog:
         return reasons
 
     def name_of(self, record: int) -> str:
-        """How messages call a record: file, key and offset."""
+        """Return the name of a record for messages: file, key and offset."""
         where = self._bytes.name(int(self.file_N[record]))
         return f"{where}: key {self.key_N[record]} at byte {self.offset_N[record]}"
 
     def bad(self, record: int, reason: str) -> BadRecord:
-        """The record's place, for the quarantine's list; `reason` may begin with its name."""
+        """Return the record's position for the quarantine's list; `reason` may begin with its name."""
         return BadRecord(
             self._bytes.name(int(self.file_N[record])),
             int(self.key_N[record]),
@@ -135,13 +132,14 @@ class Catalog:
 def open_catalog(
     path: Path | Sequence[Path], num_classes: int | None = None, catalog_dir: Path | None = None
 ) -> Catalog:
-    """The catalog of the dataset in a folder; of several, the classes of each follow those of the one before.
+    """Open the catalog of the dataset in a folder, or of several datasets with consecutive classes.
 
-    `num_classes` overrides what `property` says. `catalog_dir` is where catalogs are kept, by default in a
-    hidden folder of the (first) dataset, or in the user's cache if that cannot be written.
+    `num_classes` overrides the number in `property`. `catalog_dir` is the folder for catalogs, by default a
+    hidden folder of the (first) dataset, or the user's cache if the dataset's folder is read-only. The arrays
+    are memory-mapped: opening takes milliseconds, and the processes of a node share one copy.
 
-    Raises DatasetError or RecordError if files are missing, do not match each other, are truncated, are of
-    another format, hold labels outside the classes, or if more than a few records are damaged.
+    Raises DatasetError or RecordError if files are missing, do not match each other, are truncated, have
+    another format or labels outside the classes, or if more than a few records are damaged.
     """
     folders = [path] if isinstance(path, Path) else list(path)
     datasets = [_dataset_in(folder) for folder in folders]
@@ -158,7 +156,7 @@ def open_catalog(
 
 
 def read_property(folder: Path) -> tuple[int, int, int] | None:
-    """(classes, height, width) as the folder's `property` file says, None where there is none.
+    """Return (classes, height, width) from the folder's `property` file, None if there is no such file.
 
     Raises DatasetError if its first line is not three whole numbers.
     """
@@ -168,7 +166,10 @@ def read_property(folder: Path) -> tuple[int, int, int] | None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     fields = [field.strip() for field in lines[0].split(",")]
     if len(fields) != 3 or not all(field.isdecimal() and len(field) < 10 for field in fields):
-        raise DatasetError(f"{path}: first line is {lines[0][:60]!r}, expected 'classes,height,width'")
+        raise DatasetError(
+            f"{path}: first line is {lines[0][:60]!r}, expected 'classes,height,width' in whole numbers; "
+            "correct it"
+        )
     return int(fields[0]), int(fields[1]), int(fields[2])
 
 
@@ -192,7 +193,7 @@ def _contents(folder: Path) -> str:
 
 
 def _places(folder: Path, catalog_dir: Path | None) -> list[Path]:
-    """Where catalogs of a folder may be kept, the best place first; shared places have a folder for each."""
+    """Return the places for catalogs of a folder, best first; a shared place has a sub-folder per dataset."""
     where = folder.resolve()
     own = f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     if catalog_dir is not None:
@@ -202,7 +203,7 @@ def _places(folder: Path, catalog_dir: Path | None) -> list[Path]:
 
 
 def _cache_name(folders: Sequence[Path]) -> str:
-    """The same for the same folders wherever they are mounted together."""
+    """Return a name that depends on the folders' relative paths, not on their mount point."""
     others = [os.path.relpath(folder, folders[0]) for folder in folders[1:]]
     return f"union-{hashlib.sha256(os.fsencode(str(others))).hexdigest()[:8]}" if others else "catalog"
 
@@ -215,7 +216,7 @@ def _signature(datasets: Sequence[Dataset]) -> str:
 
 
 def _build(datasets: Sequence[Dataset]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
-    """The columns of all datasets, a piece for each; and what is known of them."""
+    """Return the columns of all datasets, one piece per dataset, and the facts to store with them."""
     parts: list[Records] = []
     files = classes = records = labels_crc32 = 0
     largest: list[int] = []
@@ -252,7 +253,7 @@ def _refuse_damage(dataset: Dataset, records: Records) -> None:
     reasons = Catalog([dataset], records, 0, 0).damage(_NAMED)
     raise DatasetError(
         f"{dataset.folder}: {damaged} of {total} records are damaged, more than {_DAMAGED_SHARE:.0%}; copy "
-        "it anew. The first:\n" + "\n".join(reasons)
+        "it again. The first ones:\n" + "\n".join(reasons)
     )
 
 
@@ -260,12 +261,12 @@ def _refuse_changed(dataset: Dataset) -> None:
     now = CONTAINERS[dataset.container].list_files(dataset.folder)
     if now is None or now.signature() != dataset.files.signature():
         raise DatasetError(
-            f"{dataset.folder} has changed while its catalog was being made: start again when it is complete"
+            f"{dataset.folder} has changed while its catalog was being made; restart when it is complete"
         )
 
 
 def _check_classes(catalog: Catalog, largest: Sequence[int], num_classes: int | None) -> None:
-    """`largest` are the records with the largest label of each dataset."""
+    """Raise DatasetError if a label is outside the classes; `largest` are each dataset's largest labels."""
     if num_classes is not None:
         label = catalog.label_N[largest[-1]]
         if label >= num_classes:
@@ -280,8 +281,8 @@ def _check_classes(catalog: Catalog, largest: Sequence[int], num_classes: int | 
         said = read_property(dataset.folder)
         if said is not None and said[0] != label + 1:
             raise DatasetError(
-                f"{dataset.folder / 'property'} says {said[0]} classes, but {catalog.name_of(record)} has "
+                f"{dataset.folder / 'property'} gives {said[0]} classes, but {catalog.name_of(record)} has "
                 f"label {label}, the largest, so there are {label + 1}; correct `property`, or set "
-                "data.num_classes to say which is meant"
+                "data.num_classes"
             )
         before += label + 1

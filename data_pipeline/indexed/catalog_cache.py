@@ -1,11 +1,11 @@
-"""Arrays that are made once and then memory-mapped by every process: a folder of .npy files per signature.
+"""A cache of arrays that one process writes and all map into memory: a folder of .npy files per signature.
 
     PLACE/.../NAME-SIGNATURE/{column}.npy, facts.json     a finished entry
     PLACE/.../NAME.HOST.xxxx.part/                        one being written; renamed when complete and on disk
     PLACE/.../NAME.lock                                   held by the process of a node that builds
 
-An entry appears whole or not at all, so a killed builder leaves only a `.part`, which the next one removes.
-Where a file system has no locks, several may build the same entry; the first to finish is taken.
+An entry appears complete or not at all: a killed builder leaves only a `.part`, which the next one removes.
+On a file system without locks, several processes may build the same entry; the first one to finish is used.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _FACTS = "facts.json"
 def open_or_build(
     places: Sequence[Path], name: str, signature: str, build: Callable[[], tuple[Columns, dict[str, Any]]]
 ) -> Loaded:
-    """The arrays and facts with this signature: from the first place that has them, else built.
+    """Return the arrays and facts with this signature: from the first place that has them, else built.
 
-    `build` returns each column in pieces, and facts that JSON can hold. They are written to the first place
-    that can be, where older entries of `name` are removed. Raises DatasetError if there is no such place.
+    `build` returns each column in pieces, and facts that JSON can hold. They are written to the first
+    writable place, where older entries of `name` are removed. Raises DatasetError if no place is writable.
     """
     entry = f"{name}-{signature[:20]}"
     for place in places:
@@ -56,7 +56,7 @@ def open_or_build(
             _remove(path for path in place.glob(f"{name}-*") if path.name != entry)
         except OSError as error:
             raise DatasetError(
-                f"the catalog cannot be written to {place}: {error.strerror}; make room, or set "
+                f"the catalog cannot be written to {place}: {error.strerror}; free some space, or set "
                 "data.catalog_dir to another folder"
             ) from error
     loaded = _load(place / entry)
@@ -65,7 +65,7 @@ def open_or_build(
 
 
 def _load(entry: Path) -> Loaded | None:
-    """What an entry holds; None if it is not there, or any of its files is not what was written."""
+    """Return the content of an entry; None if it is missing, or one of its files is damaged."""
     try:
         facts = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
         arrays = {}
@@ -81,7 +81,7 @@ def _load(entry: Path) -> Loaded | None:
 
 
 def _smallest_map() -> int:
-    """An empty array cannot be mapped; anything up to a page need not be."""
+    """Return the file size up to which an array is read: an empty array cannot be mapped."""
     return os.sysconf("SC_PAGE_SIZE")
 
 
@@ -95,14 +95,14 @@ def _first_writable(places: Sequence[Path], name: str) -> Path:
         except OSError as error:
             tried.append(f"{place} ({error.strerror})")
     raise DatasetError(
-        f"expected a place to keep the catalog in, could write to none: {', '.join(tried)}; "
-        "set data.catalog_dir to a folder that can be written"
+        f"expected a writable place for the catalog, found none: {', '.join(tried)}; "
+        "set data.catalog_dir to a writable folder"
     )
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Wait for the lock; it is given back when the process ends, however it ends."""
+    """Wait for the lock; the system releases it when the process ends, also if it is killed."""
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -115,11 +115,11 @@ def _locked(path: Path) -> Iterator[bool]:
 def _save(place: Path, prefix: str, entry: str, columns: Columns, facts: dict[str, Any]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=place))
     try:
-        partial.chmod(0o755)  # others read it too
+        partial.chmod(0o755)  # other users read it too
         sizes = {column: _write(partial / f"{column}.npy", pieces) for column, pieces in columns.items()}
         write_through(partial / _FACTS, json.dumps({**facts, "bytes": sizes}))
         if _load(place / entry) is None:
-            # A damaged one may be there; a whole one can only be the same, from a node without our lock.
+            # A damaged entry may exist. An intact entry, built on a node that shares no lock, is the same.
             shutil.rmtree(place / entry, ignore_errors=True)
             _rename(partial, place / entry)
     finally:
@@ -135,7 +135,7 @@ def _rename(partial: Path, final: Path) -> None:
 
 
 def _write(path: Path, pieces: Sequence[np.ndarray]) -> int:
-    """Write one column, piece by piece; returns the size of the file."""
+    """Write one column, piece by piece; return the size of the file."""
     with open(path, "wb") as file:
         shape = (sum(map(len, pieces)),)
         header = {"descr": pieces[0].dtype.str, "fortran_order": False, "shape": shape}

@@ -1,7 +1,7 @@
-"""From a step number to a decoded batch: order, catalog, container and decoder, joined.
+"""The loader for data with a catalog: it combines order, catalog, container and decoder.
 
-The samples of a step are those of `batch.Share`. A sample whose record cannot be read or decoded is replaced
-by another of its step; see `quarantine`.
+`batch.RankSlice` gives the samples of a micro-batch. A sample whose record cannot be read or decoded is
+replaced by another one of its step; see `quarantine`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from data_pipeline.indexed.catalog import Catalog
 from data_pipeline.loader import LoaderBase
 from data_pipeline.quarantine import Quarantine, QuarantineError, substitutes
 
-# Samples whose records and augmentation are found at once.
+# Number of samples whose records and augmentation are computed at once.
 _PLANNED = 8192
 
 
 class Loader(LoaderBase):
-    """Iterates once, without end, over this rank's micro-batches, from the first of `first_step` on.
+    """Single-use, endless iterator over this rank's micro-batches, from the first one of `first_step` on.
 
-    `device_id` is the GPU's number, None for the CPU; `ranks_on_node` divides the node's cores. Bad records
-    go to `quarantine`, which raises QuarantineError when they are too many.
+    `device_id` is the GPU's number, None for the CPU; `ranks_on_node` ranks share the node's cores. Bad
+    records go to `quarantine`, which raises QuarantineError if they exceed its limit.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Loader(LoaderBase):
         )
 
     def labels_of_step(self, step: int) -> torch.Tensor:
-        """Labels int64 [global batch] of all samples of a step, those of the other ranks too."""
+        """Return the labels int64 [global batch] of all samples of a step, for all ranks."""
         start = step * self._slice.global_batch
         sample_N = np.arange(start, start + self._slice.global_batch, dtype=np.int64)
         return torch.from_numpy(self._catalog.label_N[self._records(sample_N)])
@@ -88,7 +88,7 @@ class Loader(LoaderBase):
         return images, augmentation
 
     def _planned(self, i: int) -> tuple[np.ndarray, Augmentation]:
-        """Records and augmentation of a micro-batch; found for many at once, which costs little more."""
+        """Return records and augmentation of a micro-batch, computed for many at once, which is cheaper."""
         size = self._slice.micro_batch
         count = max(1, _PLANNED // size)
         first = i - i % count
@@ -100,7 +100,7 @@ class Loader(LoaderBase):
         return self._plan[1][rows].copy(), self._plan[2].rows(rows)
 
     def _readable(self, record: np.int64) -> np.ndarray | None:
-        """The record's encoded image; None if it is in quarantine, now or already."""
+        """Return the record's encoded image; None if the record is or was now put into quarantine."""
         if int(record) in self._quarantine:
             return None
         try:
@@ -110,13 +110,16 @@ class Loader(LoaderBase):
             return None
 
     def _substitute(self, sample: int) -> tuple[np.int64, np.ndarray]:
-        """Another record of the sample's step, and its image."""
+        """Return another record of the sample's step, and its image."""
         for other in substitutes(sample, self._slice.global_batch):
             record = self._records(np.array([other]))[0]
             image = self._readable(record)
             if image is not None:
                 return record, image
-        raise QuarantineError(f"no sample of step {sample // self._slice.global_batch} can be read")
+        raise QuarantineError(
+            f"no sample of step {sample // self._slice.global_batch} can be read; copy the dataset again, or "
+            "run `lgaf data validate` on it"
+        )
 
     def _name_of(self, i: int, row: int) -> str:
         return self._catalog.name_of(int(self._chosen[i][row]))

@@ -1,10 +1,10 @@
-"""The bytes of one shard from afar, whatever happens to the connection.
+"""The bytes of one remote shard as a stream that survives connection failures.
 
     pipe:, http(s)://, a local path or any URL of fsspec -> one unbroken stream
 
-A connection that breaks or stalls is made anew and goes on at the byte where it stopped. A shard that ends
-before the end of its archive is an error, never a shorter shard. Connections live on fsspec's event loop; the
-thread that reads waits for it, until it is told to stop.
+If a connection breaks or stalls, the stream reconnects and resumes at the byte where it stopped. A shard that
+ends before the end of its archive is an error. Connections run on fsspec's event loop; the reading thread
+waits for them until it is stopped.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ _Chunks = AsyncGenerator[tuple[int, bytes], None]
 
 _ZEROS = bytes(tarfile.BLOCKSIZE)
 _CHUNK_BYTES = 1 << 20
-# An object store answers every range with a request of its own.
+# Every range from an object store costs one request.
 _RANGE_BYTES = 8 << 20
 _LONGEST_PAUSE_S = 60.0
 _KILLED_S = 1.0
 
 
 class RemoteError(ValueError):
-    """A shard that cannot be read, is cut short, or has a sample that is not whole; names it."""
+    """A shard cannot be read, is truncated, or has an incomplete sample; the message names it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self._message = message
 
     def __str__(self) -> str:
-        # webdataset adds to the arguments of every exception that passes through it.
+        # webdataset extends the arguments of every exception that passes through it.
         return self._message
 
 
 class Patience(NamedTuple):
-    """What is borne of a server: `attempts` in a row without a new byte, silence of `timeout_s` seconds.
+    """Retry limits: `attempts` in a row without a new byte, and `timeout_s` seconds without data.
 
-    Before the second attempt there is a pause of `backoff_s` seconds, before each further one twice as long,
-    up to a minute.
+    The pause before the second attempt is `backoff_s` seconds; it doubles before each further attempt, up to
+    a minute.
     """
 
     attempts: int = 10
@@ -60,7 +60,7 @@ class Patience(NamedTuple):
 
 
 def require_reader(url: str) -> None:
-    """Raises ValueError for a URL that cannot be read here."""
+    """Raise ValueError for a URL that cannot be read with the installed packages."""
     if url.startswith(("pipe:", "http://", "https://")):
         return
     protocol = fsspec.core.split_protocol(url)[0] or "file"
@@ -77,7 +77,7 @@ def require_reader(url: str) -> None:
 
 
 class Stream:
-    """The bytes of one shard as webdataset reads them, whatever happens to the connection."""
+    """File-like object for webdataset with the bytes of one shard; it reconnects after failures."""
 
     def __init__(self, url: str, patience: Patience, waits: Waits) -> None:
         self.url, self._patience, self._waits = url, patience, waits
@@ -89,13 +89,13 @@ class Stream:
 
     @property
     def at(self) -> int:
-        """The number of bytes that have been given out."""
+        """The number of bytes that have been returned."""
         return self._received - len(self._buffer) + self._used
 
     def read(self, _: int = -1) -> bytes:
-        """The next block of the archive, however much is asked for; empty at the end.
+        """Return the next tar block, whatever size is requested; empty at the end.
 
-        Block by block, because what tarfile has read last then is what made it stop.
+        The size is one block so that the last block read is the one at which tarfile stopped.
         """
         while len(self._buffer) - self._used < tarfile.BLOCKSIZE and (chunk := self._fetch()):
             self._buffer, self._used = self._buffer[self._used :] + chunk, 0
@@ -105,37 +105,37 @@ class Stream:
         return block
 
     def require_end_of_archive(self) -> None:
-        """Read on to the end. Raises RemoteError if the archive does not end in zeros.
+        """Read to the end of the stream. Raises RemoteError if the archive does not end in zeros.
 
-        tarfile stops without a word where the next header is cut off or damaged.
+        tarfile stops without an error at a header that is truncated or damaged.
         """
         if self._last_block != _ZEROS:
             raise RemoteError(
                 f"{self.url}: expected an uncompressed tar archive up to its closing blocks of zeros, found "
                 f"{'its end' if self._is_over else 'no header'} at byte {self.at}: "
-                "it is cut short, damaged or compressed; copy it to the server anew"
+                "it is truncated, damaged or compressed; copy it to the server again"
             )
         while block := self.read():
             if block.strip(b"\0"):
                 raise RemoteError(
                     f"{self.url}: expected nothing after the end of the archive, found more at byte "
-                    f"{self.at - len(block)}; write joined archives anew, as one or as several"
+                    f"{self.at - len(block)}; do not concatenate archives, write one archive per shard"
                 )
 
     def close(self) -> None:
-        """Let the connection go."""
+        """Close the connection."""
         if self._chunks is not None:
             self._waits.finish(self._chunks.aclose(), self._patience.timeout_s)
             self._chunks = None
 
     def _fetch(self) -> bytes:
-        """New bytes, none at the end; connects as often as the patience lasts."""
+        """Return new bytes, none at the end; reconnect up to the limit of attempts."""
         for attempt in range(1, self._patience.attempts + 1):
             try:
                 return self._new_bytes()
             except (_FinalError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 raise RemoteError(f"{self.url}: cannot be read: {error}") from error
-            # What the filesystems of fsspec raise on bad networks is not documented.
+            # fsspec does not document the exceptions of its filesystems on network failures.
             except Exception as error:
                 reason = error
             if attempt < self._patience.attempts:
@@ -143,10 +143,11 @@ class Stream:
                 self._waits.wait(asyncio.sleep(pause_s))
         found = str(reason) or type(reason).__name__
         if isinstance(reason, TimeoutError):
-            found = f"silence for {self._patience.timeout_s:g} s"
+            found = f"no data for {self._patience.timeout_s:g} s"
         raise RemoteError(
-            f"{self.url}: nothing beyond byte {self._received} in {self._patience.attempts} attempts; the "
-            f"last ended with: {found}; see to the server or the network, then resume"
+            f"{self.url}: expected more bytes, found none beyond byte {self._received} in "
+            f"{self._patience.attempts} attempts; the last attempt failed with: {found}; "
+            "check the server and the network, then resume"
         ) from reason
 
     def _new_bytes(self) -> bytes:
@@ -156,7 +157,7 @@ class Stream:
             try:
                 start, chunk = self._waits.wait(_next(self._chunks))
             except Exception:
-                # With what it raises, a generator is over.
+                # A generator cannot continue after an exception.
                 self._chunks = None
                 raise
             if start is None:
@@ -173,18 +174,21 @@ class Stream:
     def _require_all_came_again(self) -> None:
         if self._connection_at < self._received:
             self._chunks = None
-            raise EOFError(f"the end at byte {self._connection_at}, where more had come before")
+            raise EOFError(
+                f"the shard ended at byte {self._connection_at}, after an earlier connection had sent "
+                f"{self._received} bytes"
+            )
 
 
 class _FinalError(Exception):
-    """An answer that further attempts will not change."""
+    """A response that further attempts will not change."""
 
 
 def _chunks(url: str, start: int, timeout_s: float) -> _Chunks:
-    """The bytes of a shard from `start` on, or from before it where there is no other way.
+    """Return a generator of (offset, bytes) of a shard, from `start` on or from an earlier byte.
 
-    Each with the place where it stands; at least one, if an empty one. Raises what went wrong, TimeoutError
-    after a silence of `timeout_s`, _FinalError if it is for good.
+    There is at least one chunk, which may be empty. The generator raises the error of the connection,
+    TimeoutError after `timeout_s` without data, and _FinalError for an error that will not pass.
     """
     if url.startswith("pipe:"):
         return _from_command(url.removeprefix("pipe:"), timeout_s)
@@ -213,20 +217,20 @@ async def _from_command(command: str, timeout_s: float) -> _Chunks:
             status = await _in_time(process.wait(), timeout_s)
         finally:
             if process.returncode is None:
-                # The shell's children too.
+                # The group includes the shell's children.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                # A child that has left the group may keep the pipe open.
+                # A child that has left the group may keep the pipe open, so the wait has a limit.
                 with contextlib.suppress(TimeoutError):
                     await _in_time(process.wait(), _KILLED_S)
         if status:
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
             said = errors.read().decode(errors="replace").strip()
-            raise OSError(f"status {status} of the command{f', which said: {said}' if said else ''}")
+            raise OSError(f"status {status} of the command{f', with the output: {said}' if said else ''}")
 
 
 async def _from_http(url: str, start: int, timeout_s: float) -> _Chunks:
-    # Bytes are counted as the server stores them.
+    # Offsets count the bytes that the server stores, so the response must not be compressed.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     timeout = aiohttp.ClientTimeout(total=None, connect=timeout_s, sock_read=timeout_s)
     async with (
@@ -245,9 +249,9 @@ async def _from_http(url: str, start: int, timeout_s: float) -> _Chunks:
 
 
 async def _body_of(response: aiohttp.ClientResponse) -> tuple[bytes, bool, Exception | None]:
-    """The next part of an answer's body, whether it is the last, and what broke it off.
+    """Return the next part of a response's body, whether it is the last part, and the error that ended it.
 
-    aiohttp forgets what has arrived when the connection breaks: so as much as possible is taken at once.
+    aiohttp discards received data when the connection breaks, so each call takes as much as has arrived.
     """
     parts: list[bytes] = []
     size = 0
@@ -264,19 +268,19 @@ async def _body_of(response: aiohttp.ClientResponse) -> tuple[bytes, bool, Excep
 
 
 def _first_byte(response: aiohttp.ClientResponse, start: int) -> int:
-    """Where the body of an answer begins in the shard."""
+    """Return the offset in the shard at which the body of a response begins."""
     found = f"HTTP status {response.status} {response.reason}"
     content_range = response.headers.get("Content-Range", "")
-    # All bytes had come, but not the end of the answer.
+    # All bytes had arrived, but not the end of the response.
     if response.status == 416 and re.fullmatch(rf"bytes \*/{start}", content_range):
         return start
-    # Too slow, too early, too many: these pass.
+    # Request timeout (408), too early (425) and too many requests (429) are temporary.
     if 400 <= response.status < 500 and response.status not in (408, 425, 429):
         raise _FinalError(found)
     if response.status not in (200, 206):
         raise OSError(found)
     if response.status == 206 and not content_range.startswith(f"bytes {start}-"):
-        raise OSError(f"{found} with the range {content_range!r}, asked for one from {start}")
+        raise OSError(f"{found} with the range {content_range!r}, expected one from byte {start}")
     return start if response.status == 206 else 0
 
 
@@ -284,19 +288,19 @@ async def _from_filesystem(url: str, start: int, timeout_s: float) -> _Chunks:
     filesystem, path = fsspec.core.url_to_fs(url)
     size = (await _in_time(_call(filesystem, "info", path), timeout_s))["size"]
     if size is None:
-        raise _FinalError("the server does not say how long it is")
+        raise _FinalError("the server does not report the shard's size")
     yield start, b""
     while start < size:
         part = _call(filesystem, "cat_file", path, start=start, end=min(start + _RANGE_BYTES, size))
         chunk = await _in_time(part, timeout_s)
         if not chunk:
-            raise EOFError(f"its end at byte {start} of {size}")
+            raise EOFError(f"the shard ended at byte {start} of {size}")
         yield start, chunk
         start += len(chunk)
 
 
 async def _call(filesystem: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-    """A method of an fsspec filesystem: by its name for coroutines where it has one, else in a thread."""
+    """Call a method of an fsspec filesystem: its coroutine variant if it has one, else in a thread."""
     if filesystem.async_impl:
         return await getattr(filesystem, f"_{method}")(*args, **kwargs)
     return await asyncio.to_thread(getattr(filesystem, method), *args, **kwargs)
@@ -308,7 +312,7 @@ async def _in_time(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any
 
 
 async def _next(chunks: _Chunks) -> tuple[int | None, bytes]:
-    """The next chunk and its place; the place None after the last."""
+    """Return the offset of the next chunk and the chunk; the offset is None after the last chunk."""
     try:
         return await anext(chunks)
     except StopAsyncIteration:
@@ -316,11 +320,11 @@ async def _next(chunks: _Chunks) -> tuple[int | None, bytes]:
 
 
 class Stopped(BaseException):
-    """The consumer wants no more."""
+    """The consumer has stopped the reading."""
 
 
 class Waits:
-    """Where the reading thread waits for coroutines on fsspec's event loop, until it is told to stop."""
+    """Waits of the reading thread for coroutines on fsspec's event loop, which `stop` ends."""
 
     def __init__(self) -> None:
         self.is_stopped = False
@@ -329,28 +333,28 @@ class Waits:
         self._task: asyncio.Task[Any] | None = None
 
     def wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """The coroutine's result. Raises what it raises, and Stopped as soon as it is stopped and over."""
+        """Return the coroutine's result. Raises its exception, and Stopped once it has been cancelled."""
         try:
             return asyncio.run_coroutine_threadsafe(self._noted(coroutine), self._loop).result()
         except concurrent.futures.CancelledError:
             raise Stopped from None
 
     def finish(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> None:
-        """Wait for what has to be done even after a stop."""
+        """Wait for a coroutine that must run even after a stop."""
         with contextlib.suppress(Exception):
             asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
     def stop(self) -> None:
-        """Cancel what is waited for; may be called from any thread."""
+        """Cancel the coroutine in progress; may be called from any thread."""
         self.is_stopped = True
         self._loop.call_soon_threadsafe(self._cancel)
 
     def is_needed_by_reader(self, thread: threading.Thread) -> bool:
-        """Whether the coroutines run in this thread, which must not wait for the reader then."""
+        """Return True for the thread that runs the coroutines: it must not wait for the reader."""
         return thread is self._loop_thread
 
     async def _noted(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        # In the loop's thread, as is `_cancel`: neither can miss the other.
+        # This runs in the loop's thread, as does `_cancel`, so neither can miss the other.
         self._loop_thread, self._task = threading.current_thread(), asyncio.current_task()
         try:
             if self.is_stopped:

@@ -1,7 +1,7 @@
-"""Micro-batches of samples that are streamed from shards afar: the loader for data that has no catalog.
+"""The loader for data without a catalog: micro-batches of samples that are streamed from remote shards.
 
-Each rank takes the samples of its own shards as they come; a step is the next ones of every rank. A sample
-that cannot be decoded is replaced by the next of its micro-batch.
+Each rank takes the samples of its own shards in the order of their arrival; a step consists of the next
+samples of every rank. A sample that cannot be decoded is replaced by the next one of its micro-batch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from data_pipeline.streaming.samples import RemoteSamples, Sample, resume
 
 
 class RemoteLoader(LoaderBase):
-    """Iterates once, without end, over this rank's micro-batches, from `cursor_W2` on.
+    """Single-use, endless iterator over this rank's micro-batches, from `cursor_W2` on.
 
-    `cursor` is this rank's row of the run's cursor after the batches that were given out; `sample_B` of a
-    batch names shard position and number within it (position * 2^32 + number). `gather_labels` brings this
-    rank's labels of a step int64 [n], and those of all other ranks, to every rank.
+    `cursor` is this rank's row of the run's cursor after the batches returned so far; `sample_B` of a batch
+    encodes the shard's position and the sample's number in it (position * 2^32 + number). `gather_labels`
+    gathers the labels int64 [n] of a step from all ranks on every rank.
 
-    Raises RemoteError for what cannot be read, or has a label outside the classes.
+    Raises RemoteError if a shard cannot be read, or a label is outside the classes.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class RemoteLoader(LoaderBase):
             window=config.shards_window,
             cursor=cursor_W2,
         )
-        self._rows: dict[int, list[Sample]] = {}  # of the micro-batches that were read and not given out
-        self._chosen: dict[int, list[Sample]] = {}  # of those that are being decoded, bad rows replaced
+        self._rows: dict[int, list[Sample]] = {}  # micro-batches that were read and not yet returned
+        self._chosen: dict[int, list[Sample]] = {}  # micro-batches in decoding, bad rows replaced
         self._read = 0
         self.cursor: tuple[int, int] = (
             int(cursor_W2[rank_slice.rank, 0]),
@@ -87,7 +87,7 @@ class RemoteLoader(LoaderBase):
         )
 
     def labels_of_step(self, step: int) -> torch.Tensor:
-        """Labels int64 of all samples of the step that comes next, those of the other ranks too."""
+        """Return the labels int64 of all samples of the next step, for all ranks."""
         numbers = range(self._next, self._next + self._slice.accumulation)
         return self._gather_labels(torch.tensor([row.label for i in numbers for row in self._micro_batch(i)]))
 
@@ -112,10 +112,12 @@ class RemoteLoader(LoaderBase):
         return sample
 
     def _usable(self, rows: list[Sample]) -> list[Sample]:
-        """The rows, bad ones replaced by the next good one, around their end to their start."""
+        """Return the rows, each bad row replaced by the next good one, cyclically."""
         good = [row for row in rows if _position(row) not in self._quarantine]
         if not good:
-            raise QuarantineError(f"no image of the {len(rows)} from {rows[0].name} on can be decoded")
+            raise QuarantineError(
+                f"no image of the {len(rows)} from {rows[0].name} on can be decoded; repair the shard"
+            )
         following, usable = good[0], []
         for row in reversed(rows):
             following = row if _position(row) not in self._quarantine else following

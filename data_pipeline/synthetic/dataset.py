@@ -1,13 +1,13 @@
-"""A synthetic set as a folder: an InsightFace dataset, a verification set, and what is in every picture.
+"""A synthetic set as a folder: an InsightFace dataset, a verification set, and the nuisances of every image.
 
-    train.rec, train.idx, property    the people to train on; labels in turn scalar and [class, aligned]
-    held_out.bin                      pairs of other people
-    train_nuisances.tsv               one row per training picture, under its record key
-    held_out_nuisances.tsv            one row per picture of held_out.bin, under its number there
+    train.rec, train.idx, property    training identities; labels alternate: scalar and [class, aligned]
+    held_out.bin                      pairs of held-out identities
+    train_nuisances.tsv               one row per training image, under its record key
+    held_out_nuisances.tsv            one row per image of held_out.bin, under its number there
     synth.json                        the configuration, and the sizes of the files
 
-Everything is written into a hidden folder beside the final one, which gets its name when all is there.
-Several processes paint; the pictures are written in order, and only a few are in memory.
+All files are written into a hidden folder beside the final one, which is renamed when they are complete.
+Several processes render; the images are written in order, and only a few are in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data_pipeline.formats.recordio_writer import InsightFaceWriter
 from data_pipeline.synthetic.face import Nuisances
 from data_pipeline.synthetic.identities import AT_ONCE, Picture, SynthConfig, pairs_of, pictures
 
-# Part of every set's description: to be raised with any change to what is drawn or painted.
+# Part of every set's description. Increase it with any change to the random draws or to the rendering.
 PAINTER = 1
 PAIRS_FILE = "held_out.bin"
 TRAIN_NUISANCES = "train_nuisances.tsv"
@@ -46,12 +46,13 @@ _COLUMNS = np.dtype(
 
 
 def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], None] | None = None) -> bool:
-    """Write the set of `config` into `folder`, which must be new or empty; True if it was written.
+    """Write the set of `config` into `folder`, which must be new or empty, and return True.
 
-    False if the folder already holds exactly this set. `progress` is called with the pictures done and all.
+    Returns False if the folder already holds exactly this set. `progress` is called with the numbers of
+    images done and of all images.
 
-    Raises ValueError if the folder holds anything else, if another process is writing it, or if the set is
-    too large for the format.
+    Raises ValueError if the folder has other content, if another process is writing it, or if the set is too
+    large for the format.
     """
     _require_room_in_format(config)
     folder = folder.resolve()
@@ -63,8 +64,8 @@ def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], 
         partial.mkdir()
     except FileExistsError:
         raise ValueError(
-            f"{partial}: expected no such folder; another `lgaf data synth` is writing {folder}, or one was "
-            f"killed: if none is running, remove it"
+            f"{partial}: expected no such folder; another `lgaf data synth` is writing {folder}, or an "
+            f"earlier one was killed: remove it if none is running"
         ) from None
     try:
         with contextlib.closing(painted(config, progress or (lambda done, total: None))) as stream:
@@ -88,17 +89,20 @@ def _require_room_in_format(config: SynthConfig) -> None:
 
 
 def read_nuisances(path: Path) -> np.ndarray:
-    """What is in every picture of a set, in order: one row each, the columns by name.
+    """Read the nuisances of every image of a set, one row per image in order, with named columns.
 
-    `key` is the record's key in train.rec, or the picture's number in held_out.bin; `identity` and `number`
-    say which picture it is; the others are those of `Nuisances`.
+    `key` is the record's key in train.rec, or the image's number in held_out.bin; `identity` and `number`
+    are the arguments of its rendering; the other columns are those of `Nuisances`.
 
-    Raises ValueError, naming the file, if it has other columns.
+    Raises ValueError, which names the file, if it has other columns.
     """
     with open(path, encoding="utf-8") as file:
         header = file.readline().split()
         if header != list(_COLUMNS.names or ()):
-            raise ValueError(f"{path}: expected the columns {' '.join(_COLUMNS.names or ())}, found {header}")
+            raise ValueError(
+                f"{path}: expected the columns {' '.join(_COLUMNS.names or ())}, found {header}; "
+                "write the set again"
+            )
         return np.loadtxt(file, _COLUMNS, delimiter="\t", ndmin=1)
 
 
@@ -125,7 +129,7 @@ def _write_pairs(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -
 
 
 class _Table:
-    """Writes the rows that `read_nuisances` reads."""
+    """Writer of the table that `read_nuisances` reads."""
 
     def __init__(self, file: IO[str]) -> None:
         self._writer = csv.writer(file, dialect="excel-tab", lineterminator="\n")
@@ -137,7 +141,7 @@ class _Table:
 
 
 def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[Picture]:
-    """All pictures of the set in order: those to train on, then those of the pairs."""
+    """Yield all images of the set in order: the training images, then those of the pairs."""
     total, done = config.images + 2 * config.pairs, 0
     arguments = ((config, *chunk) for chunk in _chunks(config))
     with contextlib.closing(in_order(pictures, arguments, config.processes)) as results:
@@ -149,7 +153,7 @@ def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Genera
 
 
 def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Identities and numbers of all pictures, a few at a time."""
+    """Yield identities and numbers of all images, a few at a time."""
     for start in range(0, config.images, AT_ONCE):
         image_N = np.arange(start, min(start + AT_ONCE, config.images))
         yield image_N // config.images_per_identity, image_N % config.images_per_identity
@@ -160,7 +164,7 @@ def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _what_is_drawn(config: SynthConfig) -> dict[str, object]:
-    """All that decides the contents of a set."""
+    """Return all settings that determine the content of a set."""
     return {"painter": PAINTER, **config.model_dump(mode="json", exclude={"processes"})}
 
 
@@ -171,20 +175,20 @@ def _describe(folder: Path, config: SynthConfig) -> None:
 
 
 def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
-    """Whether the set is there already; ValueError if something else is."""
+    """Return True if the folder already holds the set. Raises ValueError if it has other content."""
     if not folder.exists():
         return False
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
     if not names:
         return False
-    expected = f"{folder}: expected a new or empty folder, or the set that is asked for"
+    expected = f"{folder}: expected a new or empty folder, or the requested set"
     todo = "choose another folder, or remove this one"
     description = _description(folder)
     if description is None:
         raise ValueError(f"{expected}; found other content ({', '.join(names[:5])}); {todo}")
     has, wanted = description["config"], _what_is_drawn(config)
     differing = [
-        f"{k} = {has.get(k)}, asked for {wanted.get(k)}" for k in has | wanted if has.get(k) != wanted.get(k)
+        f"{k} = {has.get(k)}, requested {wanted.get(k)}" for k in has | wanted if has.get(k) != wanted.get(k)
     ]
     if differing:
         raise ValueError(f"{expected}; found a set with {'; '.join(differing)}; {todo}")
@@ -198,7 +202,7 @@ def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
 
 
 def _description(folder: Path) -> dict[str, dict[str, object]] | None:
-    """What the set in a folder says of itself; None where there is none."""
+    """Read the description of the set in a folder; None if there is none."""
     try:
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError):

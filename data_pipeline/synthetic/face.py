@@ -1,10 +1,10 @@
-"""A person as coloured polygons: what a face is made of, and what one picture does to it.
+"""A synthetic face as coloured polygons, from the numbers of an identity and the nuisances of an image.
 
 `sketch(face, nuisances, cloth)` returns the polygons from back to front, in face units: half a face is about
 1 wide; x to the right, y down, z towards the viewer; the origin lies between the cheeks. Parts on the skin
-follow an ellipsoid, so that yaw and pitch move nose and eyes against the outline. `photograph.paint` makes a
-picture of them. A person (`Face`) and a picture's circumstances (`Nuisances`) are plain numbers; nothing here
-draws from a generator.
+follow an ellipsoid, so that yaw and pitch move nose and eyes against the outline. `render.paint` renders the
+polygons. An identity (`Face`) and the nuisances of an image (`Nuisances`) are plain numbers; this module
+draws no random numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Colour = np.ndarray  # RGB, float, 0 to 255
 
 
 class Face(NamedTuple):
-    """What makes a person; lengths in face units, shades from 0 to 1. Each field has its (low, high)."""
+    """Properties of an identity: lengths in face units, shades from 0 to 1. A field has its (low, high)."""
 
     skin_shade: Annotated[float, (0.0, 1.0)]  # light to dark
     skin_redness: Annotated[float, (-1.0, 1.0)]
@@ -63,7 +63,7 @@ class Face(NamedTuple):
     freckles: Annotated[float, (-1.5, 1.0)]  # none below 0
     mole_x: Annotated[float, (-0.5, 0.5)]
     mole_y: Annotated[float, (-0.5, 0.75)]
-    mole_size: Annotated[float, (-0.03, 0.06)]  # none below 0.01; the second has 0.03 less this
+    mole_size: Annotated[float, (-0.03, 0.06)]  # none below 0.01; the second mole's size is 0.03 minus this
     second_mole_x: Annotated[float, (-0.5, 0.5)]
     second_mole_y: Annotated[float, (-0.5, 0.75)]
 
@@ -72,20 +72,20 @@ OCCLUSIONS = ("none", "block", "mask", "sunglasses", "hand")
 
 
 class Nuisances(NamedTuple):
-    """What one picture does to a face. Each number has its (neutral, low, high) at difficulty 1."""
+    """Nuisances of one image. Each number has its (neutral, low, high) at difficulty 1."""
 
     yaw_deg: Annotated[float, (0.0, -24.0, 24.0)]
     pitch_deg: Annotated[float, (0.0, -12.0, 12.0)]
     roll_deg: Annotated[float, (0.0, -16.0, 16.0)]
     scale: Annotated[float, (1.0, 0.88, 1.12)]
-    shift_x: Annotated[float, (0.0, -0.07, 0.07)]  # parts of the image's width
+    shift_x: Annotated[float, (0.0, -0.07, 0.07)]  # shares of the image's width
     shift_y: Annotated[float, (0.0, -0.07, 0.07)]
     warp: Annotated[float, (0.0, 0.0, 0.05)]  # face units
     warp_phase: Annotated[float, (0.0, -3.1, 3.1)]  # radians
     mouth_open: Annotated[float, (0.0, -0.10, 0.22)]  # face units; closed below 0
     smile: Annotated[float, (0.0, -0.06, 0.10)]  # face units
     brow_raise: Annotated[float, (0.0, -0.05, 0.08)]  # face units
-    eye_open: Annotated[float, (1.0, 0.5, 1.3)]  # parts of the person's own opening
+    eye_open: Annotated[float, (1.0, 0.5, 1.3)]  # share of the identity's eye_height
     gaze: Annotated[float, (0.0, -0.06, 0.06)]  # face units
     light_side: Annotated[float, (0.0, -1.0, 1.0)]  # -1 from the left, 1 from the right
     light_height: Annotated[float, (-0.2, -1.0, 0.5)]  # -1 from above, 1 from below
@@ -94,27 +94,27 @@ class Nuisances(NamedTuple):
     shadow_angle_deg: Annotated[float, (0.0, -180.0, 180.0)]
     exposure_stops: Annotated[float, (0.0, -0.9, 0.7)]
     warmth_stops: Annotated[float, (0.0, -0.55, 0.55)]  # red against blue
-    tint_stops: Annotated[float, (0.0, -0.25, 0.25)]  # green against the rest
+    tint_stops: Annotated[float, (0.0, -0.25, 0.25)]  # green against red and blue
     saturation: Annotated[float, (1.0, 0.35, 1.4)]
     blur_px: Annotated[float, (0.0, -0.6, 0.9)]  # at 112 pixels; none below 0
-    resolution: Annotated[float, (1.0, 0.6, 1.4)]  # parts of the full resolution, at most 1
+    resolution: Annotated[float, (1.0, 0.6, 1.4)]  # share of the full resolution; full above 1
     noise: Annotated[float, (0.0, 0.0, 8.0)]  # grey levels
     jpeg_quality: Annotated[float, (92.0, 40.0, 95.0)]
     occlusion_x: Annotated[float, (0.0, -0.9, 0.9)]  # face units
     occlusion_y: Annotated[float, (0.0, -0.9, 0.9)]
     occlusion_size: Annotated[float, (0.4, 0.25, 0.6)]
     occlusion: str  # one of OCCLUSIONS
-    scene: int  # number of the background, the clothes and the grain
+    scene: int  # number of the background, the clothes and the noise
 
 
 @functools.cache
 def ranges(model: type) -> dict[str, tuple[float, ...]]:
-    """What stands beside each number of `Face` or `Nuisances`: (low, high), or (neutral, low, high)."""
+    """Return the range of each number of `Face` (low, high) or of `Nuisances` (neutral, low, high)."""
     hints = get_type_hints(model, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
-# Ends and steps of the ranges of natural colours.
+# Support points of the ranges of natural colours.
 SKIN = np.array([[250, 224, 200], [236, 192, 158], [206, 150, 112], [158, 104, 72], [98, 62, 44]], float)
 HAIR = np.array(
     [[26, 22, 24], [62, 40, 28], [112, 70, 40], [150, 70, 34], [206, 164, 96], [190, 188, 186]], float
@@ -123,7 +123,7 @@ IRIS = np.array([[50, 30, 20], [112, 70, 34], [90, 120, 60], [70, 120, 170], [14
 
 
 class Sketch:
-    """Polygons in face units with their colours, in the order of painting."""
+    """Polygons in face units with their colours, in the order of rendering."""
 
     def __init__(self) -> None:
         self._points: list[np.ndarray] = []
@@ -152,7 +152,7 @@ class Sketch:
         self._opacities.append(opacity)
 
     def polygons(self) -> tuple[np.ndarray, list[int], list[tuple[int, ...]]]:
-        """All points [K, 3], the number of the first point after each polygon, and each polygon's RGBA."""
+        """Return all points [K, 3], the index after each polygon's last point, and each polygon's RGBA."""
         lengths = [len(points) for points in self._points]
         point_K2 = np.concatenate(self._points)
         radius_K = (point_K2[:, 0] / 1.05) ** 2 + (point_K2[:, 1] / 1.45) ** 2
@@ -164,19 +164,19 @@ class Sketch:
 
 
 def shade(palette_P3: np.ndarray, position: float) -> Colour:
-    """The colour at `position` (0 to 1) of a row of colours."""
+    """Return the colour at `position` (0 to 1) of a row of colours."""
     at = position * (len(palette_P3) - 1)
     low = min(int(at), len(palette_P3) - 2)
     return palette_P3[low] + (at - low) * (palette_P3[low + 1] - palette_P3[low])
 
 
 def curve(x_K: np.ndarray, y_K: np.ndarray) -> np.ndarray:
-    """The curve [K, 2] through two rows of coordinates."""
+    """Return the curve [K, 2] of two rows of coordinates."""
     return np.array((x_K, y_K)).T
 
 
 def between(x_K: np.ndarray, upper_K: np.ndarray, lower_K: np.ndarray) -> np.ndarray:
-    """The polygon [2K, 2] between two curves over the same x."""
+    """Return the polygon [2K, 2] between two curves over the same x."""
     return np.concatenate([curve(x_K, upper_K), curve(x_K, lower_K)[::-1]])
 
 
@@ -187,7 +187,7 @@ def _circle(points: int) -> np.ndarray:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, points: int = 14, power: float = 1.0) -> np.ndarray:
-    """A closed curve [points, 2]; `power` below 1 makes it more of a rectangle."""
+    """Return a closed curve [points, 2]; `power` below 1 makes it more rectangular."""
     circle = _circle(points)
     if power != 1:
         circle = np.sign(circle) * np.abs(circle) ** power
@@ -195,19 +195,19 @@ def ellipse(x: float, y: float, rx: float, ry: float, points: int = 14, power: f
 
 
 def ribbon(x_K: np.ndarray, y_K: np.ndarray, width_K: np.ndarray | float) -> np.ndarray:
-    """The polygon that reaches `width_K` above and below a curve."""
+    """Return the polygon that reaches `width_K` above and below a curve."""
     return between(x_K, y_K - width_K, y_K + width_K)
 
 
 def bar(start: tuple[float, float], end: tuple[float, float], width: float) -> np.ndarray:
-    """The ribbon [4, 2] along a straight line."""
+    """Return the ribbon [4, 2] along a straight line."""
     (x0, y0), (x1, y1) = start, end
     return ribbon(np.array((x0, x1)), np.array((y0, y1)), width)
 
 
 @functools.cache
 def _catmull_rom(count: int, steps: int) -> np.ndarray:
-    """Weights [count * steps, count] that turn control points into points of their closed curve."""
+    """Return the weights [count * steps, count] from control points to points of their closed curve."""
     p1 = np.eye(count)
     p0, p2, p3 = (np.roll(p1, shift, 0)[:, None] for shift in (1, -1, -2))
     p1 = p1[:, None]
@@ -217,12 +217,12 @@ def _catmull_rom(count: int, steps: int) -> np.ndarray:
 
 
 def smooth(control_K2: np.ndarray, steps: int = 5) -> np.ndarray:
-    """The closed Catmull-Rom curve through the control points: [K * steps, 2]."""
+    """Return the closed Catmull-Rom curve through the control points: [K * steps, 2]."""
     return _catmull_rom(len(control_K2), steps) @ control_K2
 
 
 def mirrored(half_K2: Sequence[Sequence[float]]) -> np.ndarray:
-    """A closed outline from its right half, listed from the top down."""
+    """Return a closed outline from its right half, which is listed from the top down."""
     right = np.asarray(half_K2, float)
     return np.concatenate([right, right[::-1] * (-1, 1)])
 
@@ -232,7 +232,7 @@ _BOW = 1 - _U**2  # 0 at both ends
 
 
 def sketch(f: Face, n: Nuisances, cloth: Colour) -> Sketch:
-    """All polygons of a face and what it wears; `cloth` is the colour of the clothes."""
+    """Return all polygons of a face, its clothes and its occlusion; `cloth` is the colour of the clothes."""
     canvas = Sketch()
     skin = shade(SKIN, f.skin_shade) + f.skin_redness * np.array([12.0, -8, -12])
     hair = shade(HAIR, f.hair_shade)
@@ -251,7 +251,7 @@ def sketch(f: Face, n: Nuisances, cloth: Colour) -> Sketch:
 
 
 def _head(canvas: Sketch, f: Face, skin: Colour, hair: Colour, cloth: Colour) -> None:
-    """Hair behind the head, shoulders, neck, ears, skin."""
+    """Add hair behind the head, shoulders, neck, ears, skin."""
     if f.hair_volume > 0 and f.hair_length > 0:
         wide = f.temple_width + 0.7 * f.hair_volume
         top, low = -1.15 - f.hair_volume, f.hair_length
@@ -268,7 +268,7 @@ def _head(canvas: Sketch, f: Face, skin: Colour, hair: Colour, cloth: Colour) ->
 
 
 def _marks(canvas: Sketch, f: Face, skin: Colour) -> None:
-    """Freckles over nose and cheeks, and moles."""
+    """Add freckles over nose and cheeks, and moles."""
     if f.freckles > 0:
         for i in range(16):
             across, down = (i * 0.618 + f.mole_x) % 1, (i * 0.755 + f.mole_y) % 1
@@ -298,7 +298,7 @@ def _beard(canvas: Sketch, f: Face, n: Nuisances, hair: Colour) -> None:
 
 
 def _eye(canvas: Sketch, f: Face, n: Nuisances, skin: Colour, side: int) -> None:
-    """White, iris and pupil cut off by the lids, lash line and fold."""
+    """Add white, iris and pupil cut off by the lids, lash line and fold."""
     height = f.eye_height * n.eye_open
     x = f.eye_x * side + _U * f.eye_width
     base = f.eye_y - f.eye_slant * f.eye_width * _U * side
@@ -335,7 +335,7 @@ def _nose(canvas: Sketch, f: Face, skin: Colour) -> None:
 
 
 def _mouth(canvas: Sketch, f: Face, n: Nuisances, skin: Colour) -> None:
-    """Lips, and between them, in an open mouth, the upper teeth."""
+    """Add lips, and the upper teeth if the mouth is open."""
     gap = max(n.mouth_open, 0.0)
     lip = skin * 0.72 + f.lip_redness * np.array([40.0, -22, -10])
     x = _U * f.mouth_width * (1 - 0.5 * gap)
@@ -352,7 +352,7 @@ def _mouth(canvas: Sketch, f: Face, n: Nuisances, skin: Colour) -> None:
 
 
 def _hair(canvas: Sketch, f: Face, hair: Colour) -> None:
-    """Hair over the forehead: from the outline of the skull to the hairline, with strands between them."""
+    """Add hair over the forehead, from the outline of the skull to the hairline, with strands."""
     if f.hair_volume <= 0:
         return
     wide, tall = f.temple_width + 0.06 + 0.45 * f.hair_volume, 0.95 + f.hair_volume
@@ -392,7 +392,7 @@ def _glasses(canvas: Sketch, f: Face) -> None:
 
 
 def _occlusion(canvas: Sketch, f: Face, n: Nuisances, colour: Colour) -> None:
-    """Something before the face: a block, a mask, sunglasses or a hand."""
+    """Add an occlusion: a block, a mask, sunglasses or a hand."""
     x, y, size = n.occlusion_x, n.occlusion_y, n.occlusion_size
     if n.occlusion == "block":
         canvas.flat(np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * size + (x, y), colour, 0.5)
@@ -410,7 +410,7 @@ def _occlusion(canvas: Sketch, f: Face, n: Nuisances, colour: Colour) -> None:
 
 
 def _hand(canvas: Sketch, x: float, y: float, size: float, skin: Colour) -> None:
-    """Four fingers that reach up to (x, y) from below."""
+    """Add four fingers that reach up to (x, y) from below."""
     lean = math.copysign(0.6, x)
     for finger in range(4):
         tip_x, tip_y = x + 0.38 * size * (finger - 1.5), y - size * (0.8 + 0.1 * (finger in (1, 2)))

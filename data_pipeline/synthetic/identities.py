@@ -1,8 +1,8 @@
-"""Synthetic people and their pictures: every one a pure function of (seed, identity, number).
+"""Synthetic identities and their images: each image is a pure function of (seed, identity, number).
 
-`faces_of` draws persons, `nuisances_of` the circumstances of their pictures, `pictures` paints and compresses
-them, `pairs_of` says which pictures a verification set compares. Identities are numbered; those of training
-count from 0, those of verification from `HELD_OUT`, so that no size of the one ever reaches into the other.
+`faces_of` draws the faces, `nuisances_of` the nuisances of their images; `pictures` renders and compresses
+the images; `pairs_of` selects the pairs of a verification set. Training identities are numbered from 0,
+verification identities from `HELD_OUT`, so that the two never overlap.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from data_pipeline.synthetic.render import paint
 
 HELD_OUT = 1 << 31
 _FACE, _NUISANCE, _SCENE, _PAIR = range(16, 20)  # streams of the counter-based generator
-_OCCLUDED = 0.35  # share of the pictures at difficulty 1
-AT_ONCE = 32  # pictures a process paints between two messages
+_OCCLUDED = 0.35  # share of occluded images at difficulty 1
+AT_ONCE = 32  # number of images that a process renders per message
 
 
 class SynthConfig(BaseModel):
-    """A synthetic set: how many people, how many pictures, how hard."""
+    """A synthetic set: its identities, its images and its difficulty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: int = Field(0, ge=0, lt=1 << 63, description="what all people and pictures are drawn from")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of all identities and images")
     identities: int = Field(
-        240, ge=1, le=HELD_OUT, description="people to train on; the classes of train.rec"
+        240, ge=1, le=HELD_OUT, description="number of training identities, the classes of train.rec"
     )
-    images_per_identity: int = Field(28, ge=1, lt=1 << 32, description="pictures of each of them")
-    held_out_identities: int = Field(60, ge=2, lt=HELD_OUT, description="other people, of held_out.bin")
+    images_per_identity: int = Field(28, ge=1, lt=1 << 32, description="images of each training identity")
+    held_out_identities: int = Field(60, ge=2, lt=HELD_OUT, description="other identities, of held_out.bin")
     pairs: int = Field(
         1500,
         ge=2,
         lt=1 << 31,
-        description="pairs in held_out.bin, every second of one person; all pictures differ",
+        description="pairs in held_out.bin; every second pair is genuine; no image is used twice",
     )
     difficulty: float = Field(
         1.0,
@@ -48,21 +48,21 @@ class SynthConfig(BaseModel):
         "JPEG compression; 0 is a sharp frontal portrait",
     )
     jpeg_quality: int | None = Field(
-        None, ge=1, le=95, description="JPEG quality of all pictures; by default it falls with the difficulty"
+        None, ge=1, le=95, description="JPEG quality of all images; by default it falls with the difficulty"
     )
-    image_size: int = Field(112, ge=16, le=4096, description="width and height of the pictures, pixels")
+    image_size: int = Field(112, ge=16, le=4096, description="width and height of the images, pixels")
     processes: int | None = Field(
-        None, ge=1, description="painters that work at once; by default one per core; changes no picture"
+        None, ge=1, description="number of rendering processes, by default one per core; changes no image"
     )
 
     @property
     def images(self) -> int:
-        """The number of training pictures."""
+        """The number of training images."""
         return self.identities * self.images_per_identity
 
 
 class Picture(NamedTuple):
-    """One JPEG, whose face it shows, and under which circumstances."""
+    """One JPEG image with its identity, its number and its nuisances."""
 
     identity: int
     number: int
@@ -71,7 +71,7 @@ class Picture(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """P pairs of pictures: pair i is pictures 2i and 2i+1 of `identity_2P` and `number_2P`, both int64."""
+    """P pairs of images: pair i is images 2i and 2i+1 of `identity_2P` and `number_2P`, both int64."""
 
     identity_2P: np.ndarray
     number_2P: np.ndarray
@@ -79,7 +79,7 @@ class Pairs(NamedTuple):
 
 
 def faces_of(seed: int, identity_N: np.ndarray) -> list[Face]:
-    """The faces of identities: every property is uniform between its ends."""
+    """Return the faces of identities: every property is uniform in its range."""
     low_F, high_F = np.array(list(ranges(Face).values())).T
     uniform_NF = _uniform(seed, identity_N, _FACE, len(low_F)).T
     return [Face(*row) for row in (low_F + uniform_NF * (high_F - low_F)).tolist()]
@@ -88,10 +88,10 @@ def faces_of(seed: int, identity_N: np.ndarray) -> list[Face]:
 def nuisances_of(
     seed: int, identity_N: np.ndarray, number_N: np.ndarray, difficulty: float
 ) -> list[Nuisances]:
-    """The circumstances of picture `number` of `identity`.
+    """Return the nuisances of image `number` of `identity`.
 
-    Numbers are uniform between their ends, which `difficulty` moves towards the neutral value (0) or beyond
-    themselves (above 1).
+    Each value is uniform in its range, which `difficulty` scales around the neutral value: 0 gives the
+    neutral value, 1 the full range, above 1 a wider range.
     """
     position_N = identity_N.astype(np.uint64) << np.uint64(32) | number_N.astype(np.uint64)
     neutral_F, low_F, high_F = np.array(list(ranges(Nuisances).values())).T
@@ -107,20 +107,20 @@ def nuisances_of(
 
 
 def _uniform(seed: int, position_N: np.ndarray, stream: int, count: int) -> np.ndarray:
-    """Independent numbers [count, N] in [0, 1) for every position."""
+    """Return independent numbers [count, N] in [0, 1) for every position."""
     blocks = [philox.uniform(seed, position_N, block << 32 | stream) for block in range(-(-count // 4))]
     return np.concatenate(blocks)[:count]
 
 
 def _occlusions(uniform_N: np.ndarray, share: float) -> list[str]:
-    """The first of the occlusions is none; the others divide `share` evenly."""
+    """Return the occlusions: each one but "none", the first, has an equal part of `share`."""
     kinds = len(OCCLUSIONS) - 1
     bounds = share * np.arange(kinds, -1, -1) / kinds
     return [OCCLUSIONS[(u < bounds).sum()] for u in uniform_N]
 
 
 def pictures(config: SynthConfig, identity_N: np.ndarray, number_N: np.ndarray) -> list[Picture]:
-    """Paint picture `number` of `identity`, N times; identities and numbers are int64 [N]."""
+    """Render image `number` of `identity`, N times; identities and numbers are int64 [N]."""
     nuisances = nuisances_of(config.seed, identity_N, number_N, config.difficulty)
     if config.jpeg_quality is not None:
         nuisances = [one._replace(jpeg_quality=config.jpeg_quality) for one in nuisances]
@@ -138,7 +138,7 @@ def _jpeg(face: Face, nuisances: Nuisances, size: int) -> bytes:
 
 
 def pairs_of(config: SynthConfig) -> Pairs:
-    """Which pictures are compared: pairs 0, 2, 4... show one person, the others two; all pictures differ."""
+    """Return the pairs to compare: 0, 2, 4... are genuine, the others impostors; no image is used twice."""
     pair_P = np.arange(config.pairs)
     word_4P = philox.words(config.seed, pair_P, _PAIR).astype(np.int64)
     issame_P = pair_P % 2 == 0

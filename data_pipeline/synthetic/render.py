@@ -1,7 +1,8 @@
-"""A picture of a sketched face: turned, bent, placed, filled in, lit, coloured, blurred and made noisy.
+"""Rendering of a synthetic face: pose, deformation, position, filling, light, colour, noise and blur.
 
-`paint(face, nuisances, size)` fills the polygons at twice the size over a background of colours, and then
-does what light and camera do. Background, clothes and grain are functions of the picture's scene number.
+`paint(face, nuisances, size)` fills the polygons of the sketch at twice the size over a background, and then
+applies the effects of light and camera. Background, clothes and noise are functions of the image's scene
+number.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from data_pipeline.synthetic import face as faces
 from data_pipeline.synthetic.face import Face, Nuisances
 
 _SUPERSAMPLING = 2
-_UNIT = 0.335  # a face unit, in parts of the image's width
+_UNIT = 0.335  # one face unit, as a share of the image's width
 _CENTRE_Y = 0.53
-_GRID = 28  # cells of the light, which is smooth
+_GRID = 28  # cells per side of the light map, which is smooth
 
 
 def paint(face: Face, nuisances: Nuisances, size: int) -> Image.Image:
-    """The RGB picture of `face`, `size` pixels wide and high, before compression."""
+    """Render `face` as an RGB image, `size` pixels wide and high, before compression."""
     big = size * _SUPERSAMPLING
     colour_P3 = 255 * philox.uniform(nuisances.scene, np.arange(30), 0)[:3].T
     picture = _background(colour_P3, big)
@@ -35,7 +36,7 @@ def paint(face: Face, nuisances: Nuisances, size: int) -> Image.Image:
 
 
 def _background(colour_P3: np.ndarray, size: int) -> Image.Image:
-    """Nine colours that run into each other, and translucent rectangles before them."""
+    """Return a background of nine blended colours with translucent rectangles before them."""
     tile = Image.fromarray(colour_P3[:9].reshape(3, 3, 3).astype(np.uint8))
     picture = tile.resize((size, size), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture, "RGBA")
@@ -46,7 +47,7 @@ def _background(colour_P3: np.ndarray, size: int) -> Image.Image:
 
 
 def _project(point_K3: np.ndarray, n: Nuisances, size: int) -> np.ndarray:
-    """Pixels [K, 2] of points [K, 3] in face units: turned, bent, rotated in the plane, placed."""
+    """Return pixels [K, 2] of points [K, 3] in face units, after pose, deformation, roll and shift."""
     x, y, z = point_K3.T
     yaw, pitch, roll = math.radians(n.yaw_deg), math.radians(n.pitch_deg), math.radians(n.roll_deg)
     x, z = x * math.cos(yaw) + z * math.sin(yaw), z * math.cos(yaw) - x * math.sin(yaw)
@@ -58,7 +59,7 @@ def _project(point_K3: np.ndarray, n: Nuisances, size: int) -> np.ndarray:
 
 
 def _photograph(picture: Image.Image, n: Nuisances, size: int) -> Image.Image:
-    """Light, colour, grain and sharpness."""
+    """Apply light, colour, noise, blur and low resolution."""
     light = Image.fromarray(_light(n)).resize((size, size), Image.Resampling.BILINEAR)
     pixel_HWC = np.asarray(picture, np.float32) * np.asarray(light)[:, :, None]
     pixel_HWC = pixel_HWC @ _colours(n)
@@ -76,14 +77,14 @@ def _photograph(picture: Image.Image, n: Nuisances, size: int) -> Image.Image:
 
 
 def _colours(n: Nuisances) -> np.ndarray:
-    """The matrix [3, 3] float32 by which rows of RGB are multiplied: saturation, then exposure and tint."""
+    """Return the matrix [3, 3] float32 to multiply rows of RGB by: saturation, then exposure and tint."""
     saturation_33 = n.saturation * np.eye(3) + (1 - n.saturation) / 3
     stops_3 = n.exposure_stops + np.array([n.warmth_stops, n.tint_stops, -n.warmth_stops])
     return (saturation_33 * np.exp2(stops_3)).astype(np.float32)
 
 
 def _light(n: Nuisances) -> np.ndarray:
-    """Brightness [28, 28] float32: Lambert's law on an ellipsoid, then the edge of a cast shadow."""
+    """Return brightness [28, 28] float32: Lambert's law on an ellipsoid, then the edge of a cast shadow."""
     at = (np.arange(_GRID) + 0.5) / _GRID
     x = (at[None, :] - 0.5 - n.shift_x) / (_UNIT * 1.15)
     y = (at[:, None] - _CENTRE_Y - n.shift_y) / (_UNIT * 1.5)

@@ -1,4 +1,4 @@
-"""A part of a synthetic set as a tar shard on a stream: pictures to train on that are stored nowhere."""
+"""Synthetic training images as tar shards that are written to a stream and not stored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from data_pipeline.synthetic.identities import AT_ONCE, SynthConfig, pictures
 
 
 def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> None:
-    """Paint one of `parts` parts of the set's training pictures, which together are all of them, once.
+    """Render one of `parts` parts of the set's training images; every image is in exactly one part.
 
-    In every part the people come in random order. The same arguments give the same bytes.
+    In every part the identities come in random order. The same arguments give the same bytes.
 
-    Raises ValueError if there are fewer pictures than parts.
+    Raises ValueError if there are fewer images than parts.
     """
     if parts > config.images:
         raise ValueError(
-            f"{part}/{parts}: expected at most as many parts as pictures, found {config.images} "
-            f"(identities = {config.identities}, images_per_identity = {config.images_per_identity})"
+            f"{part}/{parts}: expected at most as many parts as images, found {config.images} images "
+            f"(identities = {config.identities}, images_per_identity = {config.images_per_identity}); "
+            "choose fewer parts"
         )
     with contextlib.closing(in_order(pictures, _chunks(config, part, parts), config.processes)) as results:
         number = part

@@ -1,9 +1,9 @@
-"""A RecordIO folder becomes a folder of tar shards, or the reverse; the images stay byte for byte.
+"""Conversion of a RecordIO folder into a folder of tar shards, or the reverse; image bytes do not change.
 
-To shards: sample by sample in the order of the records. A shard appears when it is whole; where some are
-there, from a conversion that was killed, they are compared with the records and the next ones are written, so
-that the end is the same as without the interruption. To records: shard by shard, into a hidden folder that
-gets its name at the end; what a killed conversion left there is thrown away.
+A conversion to shards writes the samples in the order of the records, and a shard appears when it is
+complete. After an interruption it compares the existing shards with the records and resumes after them; the
+result is the same as without the interruption. A conversion to records writes into a hidden folder that is
+renamed at the end; it removes the remains of an interrupted conversion and starts from the beginning.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from data_pipeline.formats.tar_index import ShardIndex, index_shard
 from data_pipeline.formats.tar_writer import ShardWriter, shard_name
 from data_pipeline.indexed.catalog import Catalog, open_catalog
 
-# There until all shards are: the finished ones of a killed conversion look like a whole dataset.
+# This file exists until all shards do: the shards of an interrupted conversion look like a complete dataset.
 _UNFINISHED = "unfinished.part"
 
 
 def convert(
     source: Path, out: Path, *, shard_samples: int = 10_000, progress: Progress | None = None
 ) -> tuple[int, int]:
-    """Convert what `source` holds, train.rec or shards, to the other; the images, and those there before.
+    """Convert `source` from train.rec to shards or the reverse.
 
-    Raises ValueError (DatasetError, ShardError, ...) naming the file if the source is not readable, or if
-    `out` holds anything but the beginning of this conversion; OSError if the disk is full.
+    Returns the number of images in all, and of those that an interrupted conversion had already written.
+
+    Raises ValueError (DatasetError, ShardError, ...), which names the file, if the source is not readable, or
+    if `out` holds anything but the first shards of this conversion; OSError if the disk is full.
     """
     catalog = open_catalog(source)
     if catalog.datasets[0].container == "tar":
@@ -52,7 +54,7 @@ def _to_shards(catalog: Catalog, out: Path, samples: int, progress: Progress | N
 
 
 def _finished(catalog: Catalog, out: Path) -> tuple[int, int]:
-    """How many shards of this conversion are there, and how many samples they hold."""
+    """Return how many shards of this conversion exist, and how many samples they hold."""
     names = {path.name for path in out.iterdir() if path.suffix != ".part" and path.name[0] != "."}
     first = 0
     for number in range(len(names)):
@@ -66,15 +68,15 @@ def _finished(catalog: Catalog, out: Path) -> tuple[int, int]:
         if not _is_of(catalog, first, path, index):
             raise ValueError(
                 f"{path}: expected {len(index.label_N)} samples that follow the first {first} of "
-                f"{len(catalog)}, found others: it comes from another dataset; choose another folder, or "
-                "remove it"
+                f"{len(catalog)}, found other samples: it comes from another dataset; choose another "
+                "folder, or remove it"
             )
         first += len(index.label_N)
     return len(names), first
 
 
 def _is_of(catalog: Catalog, first: int, path: Path, index: ShardIndex) -> bool:
-    """Whether a shard has the labels of the records from `first` on, and their first and last image."""
+    """Return True if a shard has the labels of the records from `first`, and their first and last image."""
     count = len(index.label_N)
     if count == 0 or not np.array_equal(catalog.label_N[first : first + count], index.label_N):
         return False
@@ -86,7 +88,9 @@ def _is_of(catalog: Catalog, first: int, path: Path, index: ShardIndex) -> bool:
 
 
 def _to_records(catalog: Catalog, out: Path, progress: Progress | None) -> int:
-    width, height = decoded(catalog.image(0), catalog.name_of(0)).size  # which `property` says of all
+    width, height = decoded(
+        catalog.image(0), catalog.name_of(0)
+    ).size  # `property` states one size for all images
     with staged(out) as partial, FlatWriter(partial, image_size=(height, width)) as writer:
         for record in range(len(catalog)):
             writer.add(catalog.image(record).tobytes(), int(catalog.label_N[record]))

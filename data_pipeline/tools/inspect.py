@@ -1,4 +1,4 @@
-"""What a dataset holds: counts, image sizes of a sample, and a contact sheet to look at."""
+"""Views of a dataset's content: the kinds of images in a sample, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CAPTION_PX = 12
 
 
 def image_kinds(catalog: Catalog, sample: int) -> Counter[str]:
-    """How often each format, size and mode ("JPEG 112x112 RGB") occurs in `sample` evenly spread images,
-    damaged records left out.
+    """Count each format, size and mode ("JPEG 112x112 RGB") in `sample` evenly spread images, without damaged
+    records.
 
-    Raises DecodeError, naming the record, for an image that cannot be decoded.
+    Raises DecodeError, which names the record, for an image that cannot be decoded.
     """
     return Counter(
         kind(_decoded(catalog, record)) for record in _whole(catalog, _spread(len(catalog), sample))
@@ -30,10 +30,10 @@ def image_kinds(catalog: Catalog, sample: int) -> Counter[str]:
 def contact_sheet(
     catalog: Catalog, *, classes: int, images: int, size: int, augmentation: AugmentConfig | None = None
 ) -> Image.Image:
-    """A picture with one class per row: `classes` evenly spread ones, the first `images` of each.
+    """Return a sheet with one class per row: the first `images` images of `classes` evenly spread classes.
 
-    Every image is `size` pixels wide and high, with its label below; with `augmentation`, it is changed as
-    it might be for training. Raises DecodeError like `image_kinds`.
+    Every image is `size` pixels wide and high, with its label below; with `augmentation`, it is augmented as
+    for training. Raises DecodeError like `image_kinds`.
     """
     present = np.flatnonzero(np.bincount(catalog.label_N))
     chosen = present[_spread(len(present), classes)].tolist()
@@ -58,7 +58,7 @@ def contact_sheet(
 def _augmented(
     catalog: Catalog, records: list[int], size: int, config: AugmentConfig
 ) -> Iterator[Image.Image]:
-    """The records as training would see them, if they were the first samples of a run with seed 0."""
+    """Yield the images of the records, augmented as the first samples of a run with seed 0."""
     from data_pipeline import augment, decode  # DALI takes a second to import
 
     encoded = [catalog.image(record) for record in records]
@@ -77,12 +77,12 @@ def _augmented(
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` of the numbers below `count`, from the first to the last."""
+    """Return at most `wanted` evenly spread numbers below `count`, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int))
 
 
 def _whole(catalog: Catalog, record_N: np.ndarray) -> list[int]:
-    """Those of the records that are not damaged."""
+    """Return the records that are not damaged."""
     return record_N[~np.isin(record_N, catalog.damaged_D)].tolist()
 
 

@@ -1,14 +1,10 @@
-"""Image files become a dataset, in RecordIO or in tar shards.
+"""Packing of image files into a dataset, in RecordIO or in tar shards.
 
-The images come as a folder with one sub-folder per identity: the sub-folders, in natural order (s2 before
-s10), are the classes 0, 1, 2, ..., and `identities.tsv` keeps their names. Or as a list, one line for each
-image with its path and its class, in any order.
-
-Each image is cropped to its central square, resized, and stored as a colour JPEG; a JPEG of the right size is
-stored byte for byte. All cores work at this, and the images are written in order.
-
-The last few identities of a folder may be held out: they are not packed, and `held_out.bin` asks of pairs of
-their images whether they show one person. A network that never saw these people is to answer.
+The source is either a folder with one sub-folder per identity, which in natural order (s2 before s10) are the
+classes 0, 1, 2, ..., or a list with the path and the class of each image. Each image is cropped to its
+central square, resized, and stored as a colour JPEG; a JPEG of the right size is stored byte for byte. All
+cores encode, and the images are written in order. The last identities of a folder can be held out: they are
+not packed but become the verification set `held_out.bin`.
 """
 
 from __future__ import annotations
@@ -39,14 +35,14 @@ from data_pipeline.formats.tar_writer import ShardWriter
 Format = Literal["rec", "tar"]
 
 _PAIR_STREAM = 32
-# As many as in the published sets (LFW has 6,000 pairs, CFP-FP 7,000).
+# About the number of pairs in the published sets (LFW has 6,000 pairs, CFP-FP 7,000).
 _MOST_PAIRS = 6000
-_AT_ONCE = 16  # images a process encodes between two messages
+_AT_ONCE = 16  # number of images that a process encodes per message
 
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What was packed: `kept_images` of the `images` were stored byte for byte; `pairs` are held out."""
+    """Summary of a packed dataset: `kept_images` are stored byte for byte; `pairs` are held out."""
 
     folder: Path
     identities: int
@@ -73,13 +69,14 @@ def pack_folder(
 ) -> PackSummary:
     """Pack the images of `folder` into `out`: train.rec, train.idx and property, or shards; identities.tsv.
 
-    `size` is the stored width and height in pixels, `quality` that of the JPEGs (1 to 95); the last
-    `hold_out` identities go into held_out.bin instead; a shard gets `shard_samples` images. `progress` is
-    called after every image with the number of images done and of all images.
+    `size` is the stored width and height in pixels, `quality` is the JPEG quality (1 to 95); the last
+    `hold_out` identities go into held_out.bin instead; a shard gets `shard_samples` images; identities.tsv
+    lists the sub-folder of each class. `progress` is called after every image with the number of images done
+    and of all images.
 
     Raises ValueError if `out` is not empty, if `folder` has no identity folders or an empty one, if too few
-    are held out or left, or, naming the file, if an image cannot be read; OSError if the disk is full. Then
-    nothing has appeared in `out`.
+    identities are held out or left, or if an image cannot be read, with the file's name; OSError if the disk
+    is full. After an error `out` is unchanged.
     """
     files_by_identity, held_out = _split(folder, _identities(folder), hold_out)
     items = ((file, i) for i, files in enumerate(files_by_identity.values()) for file in files)
@@ -110,13 +107,13 @@ def pack_list(
 ) -> PackSummary:
     """Pack the images that the file `listed` names, in its order, each with its class, into `out`.
 
-    The lines are `path<TAB>label`, or with a comma if the file's name ends in .csv; a first line that names
-    the columns `path` and `label` may put them in other places. Paths start from the file's folder. The rest
-    is as in `pack_folder`; labels that float32 cannot hold go into a sidecar of whole numbers.
+    The lines are `path<TAB>label`, or with a comma if the file's name ends in .csv; a first line with the
+    columns `path` and `label` may change their order. Paths are relative to the file's folder. The other
+    arguments are those of `pack_folder`; labels that float32 cannot hold go into a sidecar of whole numbers.
 
-    Raises ValueError, naming the line, if one is not like this; else as `pack_folder` does.
+    Raises ValueError, which names the line, for a line of another form; else as `pack_folder` does.
     """
-    # Once to find what is wrong before anything is written, and once to write.
+    # The list is read once to find errors before anything is written, and once to write.
     label_N = np.frombuffer(array("q", (label for _, label in _rows(listed))), np.int64)
     if not len(label_N):
         raise ValueError(f"{listed}: expected lines 'path<TAB>label', found none")
@@ -138,7 +135,7 @@ def _store(
     quality: int,
     progress: Progress | None,
 ) -> tuple[int, int, int]:
-    """Write all (file, label); how many images, how many kept as they were, how many bytes."""
+    """Write all (file, label); return the numbers of images, of images kept unchanged, and of bytes."""
     done = kept = stored_bytes = 0
     items = iter(items)
     chunks = iter(lambda: list(itertools.islice(items, _AT_ONCE)), [])
@@ -156,7 +153,7 @@ def _store(
 
 
 def _encoded(chunk: list[tuple[Path, int]], size: int, quality: int) -> list[tuple[bytes, int, bool]]:
-    """What is stored of each (file, label), the label, and whether the bytes are the file's own."""
+    """Return for each (file, label) the bytes to store, the label, and True if the file is kept unchanged."""
     encoded = []
     for file, label in chunk:
         image, is_original = _jpeg(file, size, quality)
@@ -165,7 +162,7 @@ def _encoded(chunk: list[tuple[Path, int]], size: int, quality: int) -> list[tup
 
 
 def _rows(listed: Path) -> Iterator[tuple[Path, int]]:
-    """File and label of every line of a list."""
+    """Yield file and label of every line of a list."""
     delimiter = "," if listed.suffix.lower() == ".csv" else "\t"
     wanted = "path,label" if delimiter == "," else "path<TAB>label"
     with open(listed, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -183,29 +180,29 @@ def _rows(listed: Path) -> Iterator[tuple[Path, int]]:
                 if not is_whole or int(label) >= 1 << 63 or not row[path_at]:
                     raise ValueError(
                         f"{listed}: line {table.line_num} is {delimiter.join(row)[:80]!r}, expected "
-                        f"'{wanted}', the label a whole number from 0; correct it"
+                        f"'{wanted}' with a whole number from 0 as label; correct it"
                     )
                 yield listed.parent / row[path_at], int(label)
         except csv.Error as error:
-            raise ValueError(f"{listed}: line {table.line_num} is no table row: {error}") from error
+            raise ValueError(f"{listed}: line {table.line_num} is not a table row: {error}") from error
 
 
 def _split(
     folder: Path, files_by_identity: dict[str, list[Path]], hold_out: int
 ) -> tuple[dict[str, list[Path]], list[list[Path]]]:
-    """The identities to pack, and the files of those that are held out."""
+    """Return the identities to pack, and the files of the held-out identities."""
     names = list(files_by_identity)
     held_out = [files_by_identity[name] for name in names[len(names) - hold_out :]]
     if hold_out and (hold_out < 2 or hold_out >= len(names) or not any(len(files) > 1 for files in held_out)):
         raise ValueError(
             f"{folder}: expected to hold out at least 2 of the {len(names)} identities, one of them with "
-            f"2 images, and to keep at least 1, found {hold_out} to hold out; change their number"
+            f"2 images, and to keep at least 1, found {hold_out} to hold out; change this number"
         )
     return {name: files_by_identity[name] for name in names[: len(names) - hold_out]}, held_out
 
 
 def _write_held_out(path: Path, held_out: list[list[Path]], size: int, quality: int) -> int:
-    """Write as many pairs of one person as of two; returns their number, 0 if nobody is held out."""
+    """Write as many genuine as impostor pairs; return their number, 0 if no identity is held out."""
     if not held_out:
         return 0
     image_2P, issame_P = _pairs_of([len(files) for files in held_out])
@@ -216,16 +213,16 @@ def _write_held_out(path: Path, held_out: list[list[Path]], size: int, quality: 
 
 
 def _pairs_of(count_I: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs among the images 0, 1, 2... of I people: image numbers [2P] and truths [P], in turns.
+    """Return pairs of the images 0, 1, 2... of I identities: image numbers [2P] and `issame` [P].
 
-    The pairs of one person and as many of two, up to _MOST_PAIRS in all, drawn evenly where there are more.
+    Genuine and impostor pairs alternate. If there are more than _MOST_PAIRS in all, so many are drawn.
     """
     start_I = np.cumsum([0, *count_I[:-1]])
     within = [np.stack(np.triu_indices(count, 1), axis=1) for count in count_I]
     genuine_Q2 = np.concatenate([pair + start for pair, start in zip(within, start_I, strict=True)])
     order_Q = np.argsort(philox.words(0, np.arange(len(genuine_Q2)), _PAIR_STREAM)[0], kind="stable")
     person_N = np.repeat(np.arange(len(count_I)), count_I)
-    # Most draws are of two people, and few are drawn twice: four times as many as needed will do.
+    # Most draws are impostor pairs, and few are drawn twice, so that four times _MOST_PAIRS draws suffice.
     draw_Q2 = philox.words(1, np.arange(4 * _MOST_PAIRS), _PAIR_STREAM)[:2].T.astype(np.int64) % len(person_N)
     draw_Q2 = np.sort(draw_Q2[person_N[draw_Q2[:, 0]] != person_N[draw_Q2[:, 1]]], axis=1)
     _, first_seen = np.unique(draw_Q2, axis=0, return_index=True)
@@ -236,7 +233,7 @@ def _pairs_of(count_I: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _identities(folder: Path) -> dict[str, list[Path]]:
-    """The files of each identity folder, all in natural order; what starts with a dot does not count."""
+    """Return the files of each identity folder in natural order, without names that start with a dot."""
     folders = [path for path in listed(folder) if path.is_dir()] if folder.is_dir() else []
     if not folders:
         raise ValueError(
@@ -259,15 +256,15 @@ def _names_table(files_by_identity: dict[str, list[Path]]) -> str:
 
 
 def _jpeg(file: Path, size: int, quality: int) -> tuple[bytes, bool]:
-    """The bytes to store of one image file, and whether they are the file's own."""
+    """Return the bytes to store for one image file, and whether they are the file's own."""
     try:
         with Image.open(file) as image:
-            # Decoded in any case, so that damage is found now and not in training.
+            # Every image is decoded, so that damage is found now and not in training.
             image.load()
             if _is_stored_as_is(image, size):
                 return file.read_bytes(), True
             square = ImageOps.fit(_upright_rgb(image), (size, size), Image.Resampling.BICUBIC)
-    # Pillow's readers raise more kinds of errors on damaged files than they document.
+    # Pillow does not document all exceptions that its readers raise for damaged files.
     except Exception as error:
         raise ValueError(
             f"{file}: expected an image, found: {error}; repair it, or remove it from the folder"
@@ -278,17 +275,19 @@ def _jpeg(file: Path, size: int, quality: int) -> tuple[bytes, bool]:
 
 
 def _is_stored_as_is(image: Image.Image, size: int) -> bool:
-    """Readers turn a grey JPEG into RGB, but do not agree on CMYK and on rotation by EXIF."""
+    """Return True for an upright JPEG, grey or RGB, of the right size."""
+    # All decoders convert a grey JPEG to RGB, but they treat CMYK and the EXIF rotation differently.
     is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     return image.format == "JPEG" and image.size == (size, size) and image.mode in ("L", "RGB") and is_upright
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, with 8 bits per channel; Pillow itself would cut 16-bit grey off at 255."""
+    """Return the image rotated by its EXIF data, as RGB with 8 bits per channel."""
     image = ImageOps.exif_transpose(image)
+    # Pillow's own conversion clips 16-bit grey at 255.
     if image.mode.startswith(("I", "F")):
         grey_HW = np.asarray(image)
         if image.mode == "F" or grey_HW.min() < 0 or grey_HW.max() > 65535:
-            raise ValueError(f"pixels of mode {image.mode} beyond 16 bits, whose white is not known")
+            raise ValueError(f"pixels of mode {image.mode} beyond 16 bits, expected at most 16 bits")
         image = Image.fromarray(np.rint(grey_HW / 257).astype(np.uint8))
     return image.convert("RGB")

@@ -1,6 +1,6 @@
-"""Every record of a dataset read and decoded: what training would meet only sooner or later.
+"""Validation of a dataset: every record is read and decoded, to find bad records before training.
 
-Processes take pieces of the records in turn; each opens the catalog, which is there by then, for itself.
+Several processes take pieces of the records in turn; each process opens the catalog, which exists by then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _AT_ONCE = 1000
 
 
 class Report(NamedTuple):
-    """What was found: how often each kind of image ("JPEG 112x112 RGB"), and what is bad."""
+    """Result of a validation: the count of each kind of image ("JPEG 112x112 RGB"), and the bad records."""
 
     kinds: Counter[str]
     bad: list[BadRecord]
@@ -32,7 +32,7 @@ def validate(
 ) -> Report:
     """Read and decode all records.
 
-    Raises DatasetError or RecordError for what is wrong with the dataset as a whole.
+    Raises DatasetError or RecordError for an error of the dataset as a whole.
     """
     total = len(open_catalog(folders, catalog_dir=catalog_dir))
     pieces = [(start, min(start + _AT_ONCE, total)) for start in range(0, total, _AT_ONCE)]

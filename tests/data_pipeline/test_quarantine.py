@@ -182,7 +182,7 @@ def test_more_than_the_share_is_an_error_that_names_the_first_ten():
     quarantine.count_seen(1300)
     for i in range(13):
         quarantine.add(i, BadRecord("a.rec", i, 8 * i, "zero bytes"))
-    with pytest.raises(QuarantineError, match=r"14 of the first 1300 samples .* = 0.01 bears") as raised:
+    with pytest.raises(QuarantineError, match=r"14 of the first 1300 samples .* exceeds .* = 0.01") as raised:
         quarantine.add(13, BadRecord("a.rec", 13, 104, "zero bytes"))
     lines = str(raised.value).splitlines()[1:]
     assert lines == [f"  a.rec: key {i} at byte {8 * i}: zero bytes" for i in range(10)]

@@ -20,10 +20,10 @@ MARGINS = [
     ARCFACE,
     COSFACE,
     {"kind": "arcface-straight-through", "m": 0.5},
-    {"kind": "combined", "combined": {"m1": 1.3, "m2": 0.3, "m3": 0.2}},
-    {"kind": "adaface", "m": 0.4, "adaface": {"h": 5.0}},
-    {"kind": "magface", "magface": {"norm_low": 3.0, "norm_high": 9.0}},
-    {"kind": "curricularface", "m": 0.5, "curricularface": {"momentum": 0.5}},
+    {"kind": "combined", "m1": 1.3, "m2": 0.3, "m3": 0.2},
+    {"kind": "adaface", "m": 0.4, "h": 5.0},
+    {"kind": "magface", "norm_low": 3.0, "norm_high": 9.0},
+    {"kind": "curricularface", "m": 0.5, "momentum": 0.5},
 ]
 # The others leave out a part of the derivative on purpose.
 DIFFERENTIABLE = [kind for kind in MARGINS if kind["kind"] not in ("arcface-straight-through", "adaface")]
@@ -404,7 +404,7 @@ def test_a_label_of_which_begin_step_was_not_told_is_an_error_that_names_the_row
     head = make_head(20, 6, sample_rate=0.5)
     head.begin_step(0, label_G.clamp(max=10))
     label_G[5] = 15
-    with pytest.raises(ValueError, match=r"row \d of the gathered batch has label \d+: begin_step was not"):
+    with pytest.raises(ValueError, match=r"row \d of the gathered batch has label \d+: expected one of"):
         head.forward_backward(emb_GD, label_G)
 
 
@@ -443,7 +443,7 @@ def test_a_skipped_step_leaves_nothing_behind(backend):
 
 
 def test_statistics_stay_the_same_within_a_step_and_then_move():
-    head = make_head(20, 6, margin={"kind": "adaface", "m": 0.4, "adaface": {"momentum": 1.0}})
+    head = make_head(20, 6, margin={"kind": "adaface", "m": 0.4, "momentum": 1.0})
     emb_GD, label_G = batch(8, 20, 6)
     losses = [head.forward_backward(emb_GD, label_G, share=0.5)[0] for _ in range(2)]
     assert losses[0] == losses[1]

@@ -41,7 +41,7 @@ CASES = {
     "everything filtered": {"head": {"interclass_filter": -1.0}},
     "combined": {"head": {"margin": {"kind": "combined"}}},
     "adaface": {"head": {"margin": {"kind": "adaface"}}},
-    "magface": {"head": {"margin": {"kind": "magface", "magface": {"norm_low": 5.0}}}},
+    "magface": {"head": {"margin": {"kind": "magface", "norm_low": 5.0}}},
     "straight through": {"head": {"margin": {"kind": "arcface-straight-through"}}},
 }
 CASES |= {
@@ -282,7 +282,7 @@ def test_the_kernels_compile_for_a_hopper_and_fit_its_shared_memory(matrix_type,
 def choice(device="cpu", dtype=torch.float32, **config):
     config = HeadConfig(**config)
     weight_RD = SimpleNamespace(is_cuda=device.startswith("cuda"), device=device, dtype=dtype)
-    return head._softmax(config, margin.build(config.margin, "cpu"), weight_RD)
+    return head._softmax(config, config.margin.build("cpu"), weight_RD)
 
 
 @pytest.fixture

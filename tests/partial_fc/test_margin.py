@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from partial_fc import margin
-from partial_fc.config import MarginConfig
+from partial_fc.config import HeadConfig
 
 POLE = margin.NEAR_POLE
 KINDS = {
@@ -16,9 +16,9 @@ KINDS = {
     "arcface 1.5": {"kind": "arcface", "m": 1.5},
     "cosface": {"kind": "cosface", "m": 0.4},
     "combined": {"kind": "combined"},
-    "sphereface 1.5": {"kind": "combined", "combined": {"m1": 1.5, "m2": 0, "m3": 0}},
-    "combined 4": {"kind": "combined", "combined": {"m1": 4, "m2": 0.5, "m3": 0.3}},
-    "adaface": {"kind": "adaface", "m": 0.4, "adaface": {"h": 8.0}},
+    "sphereface 1.5": {"kind": "combined", "m1": 1.5, "m2": 0, "m3": 0},
+    "combined 4": {"kind": "combined", "m1": 4, "m2": 0.5, "m3": 0.3},
+    "adaface": {"kind": "adaface", "m": 0.4, "h": 8.0},
     "magface": {"kind": "magface"},
     "curricularface": {"kind": "curricularface"},
 }
@@ -26,7 +26,7 @@ NORMS = (0.0, 1e-4, 3.0, 14.0, 20.0, 25.0, 60.0, 100.0, 200.0)
 
 
 def build(kind, **changed):
-    return margin.build(MarginConfig(**{**KINDS.get(kind, {"kind": kind}), **changed}), "cpu")
+    return HeadConfig(margin={**KINDS.get(kind, {"kind": kind}), **changed}).margin.build("cpu")
 
 
 def norms_like(cos_G, norm=14.0):
@@ -130,14 +130,14 @@ def test_cosface_takes_the_margin_off():
 
 def test_the_three_margins_are_combined():
     theta_G = torch.linspace(0.1, 1.5, 50, dtype=torch.float64)
-    combined = build("combined", combined={"m1": 1.2, "m2": 0.3, "m3": 0.2})
+    combined = build("combined", **{"m1": 1.2, "m2": 0.3, "m3": 0.2})
     logit_G = combined.target(theta_G.cos(), theta_G).logit_G
     torch.testing.assert_close(logit_G, (1.2 * theta_G + 0.3).cos() - 0.2)
 
 
 def test_sphereface_falls_in_every_turn():
     theta_G = torch.linspace(0.01, math.pi - 0.01, 1000, dtype=torch.float64)
-    sphere = build("combined", combined={"m1": 3, "m2": 0, "m3": 0})
+    sphere = build("combined", **{"m1": 3, "m2": 0, "m3": 0})
     logit_G = sphere.target(theta_G.cos(), theta_G).logit_G
     expected_G = [(-1) ** (k := int(3 * theta / math.pi)) * math.cos(3 * theta) - 2 * k for theta in theta_G]
     torch.testing.assert_close(logit_G, torch.tensor(expected_G, dtype=torch.float64))
@@ -148,13 +148,13 @@ def test_sphereface_falls_in_every_turn():
 )
 def test_adaface_shifts_angle_and_cosine_by_the_standardised_norm(norm, quality):
     theta_G = torch.linspace(0.2, 2.5, 50, dtype=torch.float64)
-    ada = build("adaface", adaface={"h": 0.333})
+    ada = build("adaface", **{"h": 0.333})
     logit_G = ada.target(theta_G.cos(), norms_like(theta_G, norm)).logit_G
     torch.testing.assert_close(logit_G, (theta_G - 0.4 * quality).cos() - 0.4 * (1 + quality))
 
 
 def test_adaface_follows_mean_and_deviation_of_the_counted_norms():
-    ada = build("adaface", adaface={"momentum": 0.25})
+    ada = build("adaface", **{"momentum": 0.25})
     norm_G = torch.tensor([10.0, 14.0, 18.0, 1e6])
     is_counted_G = torch.tensor([True, True, True, False])
     ada.observe(norm_G * 0, norm_G, is_counted_G)
@@ -184,7 +184,7 @@ def test_magfaces_penalty_falls_up_to_the_highest_norm():
 
 
 def test_curricularface_bends_the_hard_negatives_alone():
-    curricular = build("curricularface", curricularface={"momentum": 0.5})
+    curricular = build("curricularface", **{"momentum": 0.5})
     curricular.observe(torch.tensor([0.2, 0.6, 5.0]), torch.ones(3), torch.tensor([True, True, False]))
     assert curricular.state["t"].item() == pytest.approx(0.2)
     cos_GT = torch.linspace(-1, 1, 2001, dtype=torch.float64).repeat(2, 1).requires_grad_()

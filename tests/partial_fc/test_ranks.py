@@ -22,7 +22,7 @@ DEFAULTS = {
 # Rounding of sums in another order, relative to the largest value; logits reach 64.
 TOLERANCE = {"float64": 1e-10, "float32": 3e-5}
 
-ADAFACE, MAGFACE = {"kind": "adaface", "m": 0.4}, {"kind": "magface", "magface": {"norm_low": 2.0}}
+ADAFACE, MAGFACE = {"kind": "adaface", "m": 0.4}, {"kind": "magface", "norm_low": 2.0}
 TWINS = {
     "even": {"classes": 8, "head": {"tile": 3}},
     "uneven": {"classes": 7, "head": {"tile": 2}},

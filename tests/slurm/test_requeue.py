@@ -93,7 +93,7 @@ def test_the_batch_script_is_requeued_and_goes_on(how, slurm_cluster, run_option
     saved = re.findall(rf"SIG{signal}: saved at step (\d+); leaving with exit code 75", said)
     assert len(saved) == 1, said
     assert f"steps {saved[0]} to {STEPS}" in said
-    assert said.count("the job queues again") == (signal == "USR1")
+    assert said.count("the job is requeued") == (signal == "USR1")
     assert losses(run_dir) == straight
 
 
@@ -117,7 +117,7 @@ def test_a_signal_before_python_can_take_it_requeues_too(
     job = slurm_cluster.submit(*TWO_RANKS, *words, cwd=ROOT)
     ended = slurm_cluster.wait(job, JOB_TIMEOUT_S)
     assert (ended.state, ended.exit_code) == ("COMPLETED", 0), log.read_text()
-    assert log.read_text().count("the job queues again") == 1
+    assert log.read_text().count("the job is requeued") == 1
     assert losses(run_dir) == straight
 
 
@@ -143,7 +143,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm_cluster, run_options
     wait_for_steps(slurm_cluster, run_dir, job, log)
     slurm_cluster.command("scancel", str(job))
     assert slurm_cluster.wait(job, JOB_TIMEOUT_S).state == "CANCELLED", log.read_text()
-    assert "the job queues again" not in log.read_text()
+    assert "the job is requeued" not in log.read_text()
     assert list((run_dir / "checkpoints").glob("step-*")), log.read_text()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.backbones import BackboneConfig, build
+from trainer.backbones import build, parse
 from trainer.inference.network import Network
 
 STEP = 7
@@ -17,10 +17,10 @@ def small_network(name: str = "lgaf", image_size: int = 32, **keys: object) -> N
         "blocks": (1, 1, 1, 1),
         "width": 8,
         "embedding_size": 16,
-        "mhms": {"heads": ((1, 3),), "attention_reduction": 4},
-        "lgf": {"momentum": 0.5},
     }
-    config = BackboneConfig.model_validate(settings | keys)
+    if name == "lgaf":
+        settings |= {"mhms": {"heads": ((1, 3),), "attention_reduction": 4}, "lgf": {"momentum": 0.5}}
+    config = parse(settings | keys)
     torch.manual_seed(0)
     model = build(config, image_size)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The configuration files of the repository, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,58 @@ def test_verification_files_are_looked_for_in_all_datasets(tmp_path):
         "cfp_fp": tmp_path / "b" / "cfp_fp.bin",
         "absent": tmp_path / "a" / "absent.bin",
     }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["head={margin={kind='magface', m=0.3}}"],
+            "unknown key head.margin.m; it belongs to arcface and arcface-straight-through and cosface and "
+            "adaface and curricularface. Valid keys of [head.margin] here: kind, norm_low, norm_high, ",
+        ),
+        (
+            ["head={margin={kind='arcface', magface={m_low=0.1}}}"],
+            "unknown key head.margin.magface; the keys of magface stand in [head.margin] itself. Valid keys "
+            "of [head.margin] here: kind, m",
+        ),
+        (
+            ["backbone={name='vit', width=32}"],
+            "unknown key backbone.width; it belongs to iresnet and lgaf. Valid",
+        ),
+        (
+            ["backbone={vit={size='B'}}"],
+            "unknown key backbone.vit; the keys of vit stand in [backbone] itself.",
+        ),
+        (
+            ["backbone={name='lgav'}"],
+            "backbone.name: expected one of 'iresnet', 'lgaf', 'vit', found 'lgav' (did ",
+        ),
+        (
+            ["head={margin={kind='magface', m_low=-1}}"],
+            "head.margin.m_low: expected greater than or equal to 0",
+        ),
+        (
+            ["backbone={mhms={staeg=2}}"],
+            "unknown key backbone.mhms.staeg; did you mean backbone.mhms.stage? Valid",
+        ),
+    ],
+)
+def test_a_key_of_another_kind_is_refused_by_its_name(overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(*overrides)
+
+
+def test_a_table_without_its_kind_is_of_the_default_kind():
+    config = load("head={margin={m=0.25}}", "backbone={width=16}")
+    assert config.head.margin.model_dump() == {"kind": "arcface", "m": 0.25}
+    assert (config.backbone.name, config.backbone.width) == ("lgaf", 16)
+
+
+def test_help_lists_keys_by_kind():
+    keys = {key.name: key for key in settings.describe(RunConfig)}
+    assert keys["head.margin.kind"].default == '"arcface"'
+    assert keys["head.margin.norm_low"].description.startswith("[magface] ")
+    assert keys["backbone.width"].description.startswith("[iresnet, lgaf] ")
+    assert keys["backbone.mhms.stage"].description.startswith("[lgaf] ")
+    assert not keys["backbone.dropout"].description.startswith("[")

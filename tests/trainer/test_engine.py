@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.ranks import run_ranks
-from trainer.backbones import Backbone, BackboneConfig, Features, build
+from trainer.backbones import Backbone, Features, build
+from trainer.backbones.lgaf import LGAFConfig
 from trainer.config import EngineConfig, OptimizerConfig
 from trainer.engine import Engine
 
@@ -141,7 +142,7 @@ def convolutional(rank, channels_last):
     channels last each time."""
     torch.manual_seed(0)
     engine = Engine(
-        build(BackboneConfig(blocks=(1, 1, 1, 1), width=16, embedding_size=16), 32),
+        build(LGAFConfig(blocks=(1, 1, 1, 1), width=16, embedding_size=16), 32),
         EngineConfig(precision="fp32", channels_last=channels_last),
         OPTIMIZERS["sgd"],
         micro_batch=4,

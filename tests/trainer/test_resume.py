@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_4_2_3_and_1_ranks(faces, tmp_path):
 # WHEN is a step (counted from 0) at which a row of the classifier on rank 1 is spoilt, TIMES how often.
 POISON = """
     import atexit, os
-    from trainer import loop
+    from trainer import loop, run_log
     step, times, made = loop.train_step, [], []
     def poisoned(engine, head, *arguments, **named):
         if named["step"] == WHEN and len(times) < TIMES:
@@ -146,11 +146,11 @@ POISON = """
                 next(engine.model.parameters()).data.fill_(float("nan"))
         return step(engine, head, *arguments, **named)
     loop.train_step = poisoned
-    class Kept(loop.Metrics):
+    class Kept(run_log.Metrics):
         def __init__(self):
             super().__init__()
             made.append(self)
-    loop.Metrics = Kept
+    run_log.Metrics = Kept
     # In one write each: two ranks share the pipe.
     count = lambda: made[0].registry.get_sample_value("lgaf_rollbacks_total")
     atexit.register(lambda: os.write(1, f"rollbacks {count()}\\n".encode()))

@@ -1,35 +1,71 @@
-"""Networks: plain modules that know nothing of ranks."""
+"""Networks: plain modules that know nothing of ranks.
+
+A module of this package holds a network and, beside it, its configuration, a subclass of `BackboneConfig`.
+Every such subclass with a `name` of its own is offered by `AnyBackbone`: a new network is one new module.
+"""
 
 from __future__ import annotations
 
-from trainer.backbones.base import Backbone, Features, parameter_groups
-from trainer.backbones.config import BackboneConfig
-from trainer.backbones.iresnet import IResNet
-from trainer.backbones.lgaf import LGAF
-from trainer.backbones.vit import ViT
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
-__all__ = ["Backbone", "BackboneConfig", "Features", "build", "parameter_groups"]
+from pydantic import BeforeValidator, Field, TypeAdapter
+
+from trainer.backbones.base import Backbone, BackboneConfig, Features, parameter_groups
+
+__all__ = [
+    "AnyBackbone",
+    "Backbone",
+    "BackboneConfig",
+    "Features",
+    "build",
+    "default",
+    "parameter_groups",
+    "parse",
+]
+
+_DEFAULT = "lgaf"
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def _named(config: type[BackboneConfig]) -> Iterator[type[BackboneConfig]]:
+    for one in config.__subclasses__():
+        if get_args(one.model_fields["name"].annotation):
+            yield one
+        yield from _named(one)
+
+
+def _with_name(value: Any) -> Any:
+    """Take a table without a `name` as that of the default network."""
+    return {"name": _DEFAULT, **value} if isinstance(value, dict) else value
+
+
+if TYPE_CHECKING:
+    AnyBackbone = BackboneConfig
+else:
+    # Every network's configuration, chosen by `name`.
+    AnyBackbone = Annotated[
+        Union[tuple(_named(BackboneConfig))],  # noqa: UP007
+        Field(discriminator="name"),
+        BeforeValidator(_with_name),
+    ]
+
+
+def parse(keys: dict[str, Any]) -> BackboneConfig:
+    """Return the configuration that a table of keys describes. Raises ValueError if it is none."""
+    found: BackboneConfig = TypeAdapter(AnyBackbone).validate_python(keys)
+    return found
+
+
+def default() -> BackboneConfig:
+    """Return the configuration of the default network."""
+    return parse({})
 
 
 def build(config: BackboneConfig, image_size: int) -> Backbone:
-    """The network that `config` describes, for images of `image_size` pixels, initialised at random."""
-    if config.name == "vit":
-        return ViT(
-            config.vit,
-            image_size,
-            embedding_size=config.embedding_size,
-            dropout=config.dropout,
-            recompute=config.recompute,
-        )
-    trunk = IResNet(
-        config.stage_blocks,
-        image_size,
-        width=config.width,
-        stem_stride=config.stem_stride,
-        embedding_size=config.embedding_size,
-        dropout=config.dropout,
-        recompute=config.recompute,
-    )
-    if config.name == "iresnet":
-        return trunk
-    return LGAF(trunk, config.mhms, config.lgf, config.dropout, config.recompute, config.local_only)
+    """Return the network that `config` describes, for images of `image_size` pixels."""
+    return config.build(image_size)

@@ -10,10 +10,47 @@ length; K branches.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+
+class BackboneConfig(BaseModel):
+    """The keys that all backbones have; a subclass names itself, adds its keys and builds its network."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    embedding_size: int = Field(512, ge=1, description="length of the embedding")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of zeroed inputs of the last linear layers; in vit of what enters and leaves the "
+        "blocks' layers",
+    )
+    weights: Path | None = Field(
+        None,
+        description="file of the weights with which a new run starts: a state dict by InsightFace's names, "
+        "for lgaf that of its global branch, or a file of `lgaf checkpoint extract`; by default random ones",
+    )
+    recompute: bool = Field(
+        False,
+        description="keep only what enters a block, and compute its inside again in the backward pass: much "
+        "less memory, about a third more work, the same results",
+    )
+
+    @property
+    def narrowest_convolution(self) -> int | None:
+        """Channels of the narrowest convolution; None if that is not limited by anything."""
+        return None
+
+    def build(self, image_size: int) -> Backbone:
+        """Return the network for images of `image_size` pixels, initialised at random."""
+        raise NotImplementedError
 
 
 class Features(NamedTuple):

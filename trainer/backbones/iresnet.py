@@ -9,16 +9,76 @@ published checkpoints load here and ours load there; so has the initialisation i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from trainer.backbones.base import Backbone, Features, check_size
+from trainer.backbones.base import Backbone, BackboneConfig, Features, check_size
 from trainer.backbones.recompute import run
 
 STAGES = 4
 STAGE_NAMES = [f"layer{number}" for number in range(1, STAGES + 1)]
 _CONV_STD = 0.1
+
+
+Depth = Literal[18, 34, 50, 100, 200]
+
+# Blocks of the four stages, as in InsightFace's iresnet18 to iresnet200.
+BLOCKS_OF_DEPTH: dict[Depth, tuple[int, int, int, int]] = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    200: (6, 26, 60, 6),
+}
+
+
+class TrunkConfig(BackboneConfig):
+    """The keys of a network whose trunk is an IResNet."""
+
+    depth: Depth = Field(100, description="layers of the trunk")
+    blocks: tuple[int, int, int, int] | None = Field(
+        None, description="residual blocks of the four stages; by default those of `depth`"
+    )
+    width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4 and 8 times as many")
+    stem_stride: Literal[1, 2] = Field(1, description="stride of the first convolution, pixels")
+
+    @field_validator("blocks")
+    @classmethod
+    def _check_blocks(cls, blocks: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+        if blocks is not None and min(blocks) < 1:
+            raise ValueError(f"expected at least one block in each of the four stages, found {list(blocks)}")
+        return blocks
+
+    @property
+    def narrowest_convolution(self) -> int:
+        """Channels of the narrowest convolution."""
+        return self.width
+
+    def build_trunk(self, image_size: int) -> IResNet:
+        """Return the IResNet for images of `image_size` pixels."""
+        return IResNet(
+            self.blocks or BLOCKS_OF_DEPTH[self.depth],
+            image_size,
+            width=self.width,
+            stem_stride=self.stem_stride,
+            embedding_size=self.embedding_size,
+            dropout=self.dropout,
+            recompute=self.recompute,
+        )
+
+
+class IResNetConfig(TrunkConfig):
+    """InsightFace's residual network."""
+
+    name: Literal["iresnet"] = Field(
+        "iresnet", description="InsightFace's residual network, which is lgaf's trunk"
+    )
+
+    def build(self, image_size: int) -> Backbone:
+        return self.build_trunk(image_size)
 
 
 class IResNet(Backbone):

@@ -14,19 +14,119 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.backbones.base import Backbone, Features
-from trainer.backbones.config import LGFConfig, MHMSConfig
-from trainer.backbones.iresnet import IResNet, feature_norm, initialise, project
+from trainer.backbones.iresnet import IResNet, TrunkConfig, feature_norm, initialise, project
 from trainer.backbones.recompute import run
 
 GLOBAL, LOCAL = 0, 1
 _EPS = 1e-3
+
+
+class MHMSConfig(BaseModel):
+    """The local branch, multi-head multi-scale feature extraction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: Literal[2, 3, 4] = Field(2, description="stage of the trunk whose output the heads read")
+    heads: tuple[tuple[int, ...], ...] = Field(
+        ((1, 3), (3, 5), (5, 7)),
+        min_length=1,
+        description="one list per head: the kernel sizes of its parallel convolutions, cells, odd",
+    )
+    head_reduction: int = Field(2, ge=1, description="the stage's channels divided by those of one head")
+    attention_reduction: int = Field(
+        16, ge=1, description="r: a head's channels divided by those inside its two attentions"
+    )
+    shared_attention: bool = Field(
+        True,
+        description="whether LANet's attention is divided by its mean over the map: what some cells lose the "
+        "others get",
+    )
+    grid: int = Field(
+        7,
+        ge=1,
+        description="side of the grid into which a head's map is averaged, cells; at most the map's",
+    )
+    divergence: float = Field(
+        0.0,
+        ge=0,
+        description="weight in the loss of the mean cosine between two heads' spatial attention; 0: none",
+    )
+    head_drop: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="chance that a head is left out of a training step for an image; the rest is scaled up",
+    )
+
+    @model_validator(mode="after")
+    def _has_heads_to_compare(self) -> MHMSConfig:
+        if self.divergence and len(self.heads) < 2:
+            raise ValueError(
+                f"divergence = {self.divergence:g} compares heads with each other: expected at least two, "
+                "found one; set divergence to 0, or add heads"
+            )
+        return self
+
+    @field_validator("heads")
+    @classmethod
+    def _check_heads(cls, heads: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        for number, kernels in enumerate(heads):
+            if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+                raise ValueError(
+                    f"head {number} has kernel sizes {list(kernels)}, expected at least one, each odd and "
+                    "positive, so that the map keeps its size; an example: [[1, 3], [3, 5]]"
+                )
+        return heads
+
+
+class LGFConfig(BaseModel):
+    """The fusion of the branches by their feature norms."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attention_scale: float = Field(
+        0.333,
+        ge=0,
+        description="logit of attention per standard deviation of feature norm; 0: equal weights",
+    )
+    clip: float = Field(
+        3.0, gt=0, description="largest size of a standardised feature norm, standard deviations"
+    )
+    learned: bool = Field(
+        False, description="whether the loss also teaches the feature norms, through the attention weights"
+    )
+    branch_share: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of the loss that falls to what each branch alone says, by the same class centres",
+    )
+    momentum: float = Field(
+        0.01, gt=0, le=1, description="share of the newest batch in the running statistics of the norms"
+    )
+
+
+class LGAFConfig(TrunkConfig):
+    """LGAF: a trunk with a global and a local branch, fused by their feature norms."""
+
+    name: Literal["lgaf"] = Field("lgaf", description="a global and a local branch on an iresnet trunk")
+    local_only: bool = Field(
+        False, description="omit the global branch; the local one is omitted by name = iresnet"
+    )
+    mhms: MHMSConfig = Field(MHMSConfig(), description="the local branch")
+    lgf: LGFConfig = Field(LGFConfig(), description="the fusion of the branches")
+
+    def build(self, image_size: int) -> Backbone:
+        trunk = self.build_trunk(image_size)
+        return LGAF(trunk, self.mhms, self.lgf, self.dropout, self.recompute, self.local_only)
 
 
 class Fusion(NamedTuple):

@@ -14,17 +14,57 @@ Shapes: as in `base`; N tokens of width E.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.backbones.base import Backbone, Features, check_size
-from trainer.backbones.config import ViTConfig
+from trainer.backbones.base import Backbone, BackboneConfig, Features, check_size
 from trainer.backbones.recompute import run
 
 HEADS, MLP_RATIO = 8, 4
 _STD = 0.02
 _FEATURE_EPS = 2e-5
+
+
+# Width and depth of arcface_torch's vit_t to vit_l (backbones/__init__.py); all have 8 heads.
+_VIT_SHAPES = {"T": (256, 12), "S": (512, 12), "B": (512, 24), "L": (768, 24)}
+
+
+class ViTConfig(BackboneConfig):
+    """The vision transformer of arcface_torch."""
+
+    name: Literal["vit"] = Field("vit", description="a vision transformer")
+    size: Literal["T", "S", "B", "L"] = Field(
+        "B", description="width and number of blocks: T 256 and 12, S 512 and 12, B 512 and 24, L 768 and 24"
+    )
+    patch: int = Field(9, ge=1, description="side of the patch of image that becomes a token, pixels")
+    drop_path: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="chance that the last block's attention, or its MLP, is left out for an image in "
+        "training; it rises linearly from 0 at the first",
+    )
+    mask_ratio: float = Field(
+        0.1, ge=0, lt=1, description="share of the tokens that are hidden from the blocks in training"
+    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Width and number of blocks."""
+        return _VIT_SHAPES[self.size]
+
+    def build(self, image_size: int) -> Backbone:
+        return ViT(
+            self,
+            image_size,
+            embedding_size=self.embedding_size,
+            dropout=self.dropout,
+            recompute=self.recompute,
+        )
 
 
 class ViT(Backbone):
@@ -49,7 +89,7 @@ class ViT(Backbone):
         tokens = (image_size // config.patch) ** 2
         if tokens == 0:
             raise ValueError(
-                f"backbone.vit.patch is {config.patch} pixels, expected at most data.image_size, {image_size}"
+                f"backbone.patch is {config.patch} pixels, expected at most data.image_size, {image_size}"
             )
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, config.patch, config.patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))

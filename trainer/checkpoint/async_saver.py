@@ -1,15 +1,12 @@
-"""Saving while training goes on: a step is held up for a copy of the state, which a thread then writes.
+"""Asynchronous checkpoints: training waits only for a copy of the state, which a thread then writes.
 
-    prepare    allocate the copy                                        once, before the first step
-    save       wait for the save before it, or skip this one; copy; start the thread        at a step boundary
-    look       has it been written? Say so, or say why not; True if it is to be tried again       now and then
+    prepare    allocate the copy                                                  once, before the first step
+    save       wait for the previous save, or skip this one; copy; start the thread        at a step boundary
+    look       report the result of a finished save; True if it must be retried                  periodically
 
-The copy is kept and used again, in pinned memory where there is a GPU. Each rank copies its rows of the head
-and its part of what all ranks hold, and writes them in a thread whose collectives have a process group of
-their own. What the ranks do next depends on whether all their threads are done: one small reduction, on the
-training's group, between steps.
-
-A save that fails does not end the training, but for that of the last step.
+Each rank copies and writes its rows of the head and its share of the replicated tensors. The thread's
+collectives use a process group of their own. A save that fails does not end the training, except the save of
+the last step.
 """
 
 from __future__ import annotations
@@ -32,14 +29,14 @@ from trainer.checkpoint.sharded import State
 from trainer.config import CheckpointConfig
 from trainer.monitoring.prometheus import Metrics
 
-# A rank waits that long for the slowest to write its part; one that is gone is noticed at once.
+# The longest wait for the slowest rank to write its part; a rank that has exited is detected at once.
 _WRITING_TIMEOUT = timedelta(hours=2)
 
 
 class Saver:
-    """Saves the state of a run, on all ranks of `group` together; every method is called by all of them.
+    """Saver of a run's state on all ranks of `group`; all ranks must call every method together.
 
-    `say` shows a line to the user on one rank.
+    `say` prints a line for the user on one rank.
     """
 
     def __init__(
@@ -59,21 +56,26 @@ class Saver:
         self._mesh = DeviceMesh.from_group(self._own, "cpu")
         self._copies: dict[tuple[str, str], torch.Tensor] = {}
         self._writing: _Writing | None = None
-        self._has_failed = False  # the last one that was tried
-        self._last_step: int | None = None  # of that one
+        self._has_failed = False  # the last attempted save
+        self._last_step: int | None = None  # the step of the last attempted save
 
     def prepare(self, state: State) -> None:
-        """Allocate the memory for copies of `state`: new pages cost more than the copy."""
+        """Allocate the memory for copies of `state`; page faults cost more than the copy itself."""
         self._copy(state)
 
     def save(self, state: Callable[[], State], header: Header, *, is_last: bool = False) -> None:
-        """Copy the state, which is asked for when there is room for it, and have it written.
+        """Copy the state and start a thread that writes it.
 
-        If the save before it still runs, wait for it or skip this one, as configured. The last save is never
-        skipped, and is written when this returns; CheckpointError if that is not possible.
+        state: called once the memory for the copy is free. If the previous save is still running,
+        checkpoint.when_busy decides whether to wait for it or to skip this save. The last save is never
+        skipped, and it is on the disk when this method returns.
+
+        Raises CheckpointError if the last save fails.
         """
         if not self._is_done() and self._config.when_busy == "skip" and not is_last:
-            self._say(f"step {header.step} is not saved: an earlier save still runs (checkpoint.when_busy)")
+            self._say(
+                f"step {header.step} is not saved: the previous save is still running (checkpoint.when_busy)"
+            )
             return
         self._finish()
         copied = self._copy(state())
@@ -83,32 +85,32 @@ class Saver:
             self._finish(is_last=True)
 
     def look(self) -> bool:
-        """Take over the result if the save is over; True if it failed and is to be tried again."""
+        """Report the result if the save has finished; return True if it failed and must be retried."""
         if not self._is_done():
             return False
         self._finish()
         return self._has_failed
 
     def wait(self) -> None:
-        """Wait for the save that runs, if any, and take over its result."""
+        """Wait for the running save, if any, and report its result."""
         self._finish()
 
     def has_saved(self, step: int) -> bool:
-        """Whether the last save was of `step` and is on the disk; waits for it if it runs."""
+        """Return True if the last save was of `step` and is on the disk; wait for it if it is running."""
         self._finish()
         return self._last_step == step and not self._has_failed
 
     def close(self) -> None:
-        """Wait for the save that runs, if any, and let go of the process group: nothing is saved after it."""
+        """Wait for the running save, if any, and destroy the process group; no save may follow."""
         self._finish()
         dist.destroy_process_group(self._own)
-        # Its threads end with the last reference; they must not live on when Python ends. The traceback of a
-        # save that failed has one too, in a cycle.
+        # The group's threads end with the last reference, and they must end before Python's teardown. The
+        # traceback of a failed save holds a reference too, in a cycle that only the collector removes.
         del self._own, self._mesh
         gc.collect()
 
     def _finish(self, *, is_last: bool = False) -> None:
-        """Wait for the save that runs, if any; its result is counted and said or, if the last, raised."""
+        """Wait for the running save, if any, and report its result; raise its error if it is the last."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -120,15 +122,15 @@ class Saver:
             if is_last:
                 raise
             if not was_failing:
-                self._say(f"{error}. Training goes on, and tries again every log_every_steps")
+                self._say(f"{error}. Training continues, and the save is retried every log_every_steps")
             return
         self._has_failed = False
         self._metrics.checkpoint_s.observe(writing.seconds)
         self._say(f"saved {path}")
 
     def _is_done(self) -> bool:
-        """Whether no rank writes; alike on all ranks."""
-        if self._writing is None:  # on all ranks or on none
+        """Return True on all ranks if no rank is writing."""
+        if self._writing is None:  # the same on all ranks
             return True
         is_running = torch.tensor(int(self._writing.is_running()))
         dist.all_reduce(is_running, op=dist.ReduceOp.MAX, group=self._group)
@@ -136,7 +138,7 @@ class Saver:
 
     @torch.no_grad()
     def _copy(self, state: State) -> State:
-        """This rank's part of a state, copied to memory that is this object's own and used again."""
+        """Copy this rank's part of a state to reused memory, which is pinned if there is a GPU."""
         rank, size = self._group.rank(), self._group.size()
         copied: State = {}
         for part, tensors in checkpoint.share_out(state, rank, size).items():
@@ -168,26 +170,29 @@ class Saver:
 
 
 class _Writing:
-    """A function that runs in a thread."""
+    """A write that runs in a thread."""
 
     def __init__(self, function: Callable[[], Path]) -> None:
         self.seconds = 0.0
         self._function = function
         self._path: Path | None = None
         self._error: BaseException | None = None
-        # Not a daemon: a process that ends by itself finishes what it writes.
+        # Not a daemon thread: a process that ends normally completes the write first.
         self._thread = threading.Thread(target=self._run, name="checkpoint")
         self._thread.start()
 
     def is_running(self) -> bool:
-        """Raises what the function has raised, unless that was CheckpointError, of which all ranks know."""
+        """Return True while the thread runs.
+
+        Raises the function's error, unless it is a CheckpointError, which all ranks have and `result` raises.
+        """
         is_alive = self._thread.is_alive()
         if not is_alive and not isinstance(self._error, CheckpointError | None):
             raise self._error
         return is_alive
 
     def result(self) -> Path:
-        """Wait for the function; what it returned, or raise what it raised."""
+        """Wait for the function, and return its result or raise its error."""
         self._thread.join()
         if self._error is not None:
             raise self._error

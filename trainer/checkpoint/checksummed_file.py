@@ -1,4 +1,4 @@
-"""Large files: written fast, summed as they pass, and soon gone from the system's cache."""
+"""Large files that are checksummed while they are written, and dropped from the page cache soon after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PIECE = 1 << 20
-# How much the disk is told to begin with at a time, and how much it may have begun before some is let go.
+# Bytes per request to start writeback, and bytes under writeback before the oldest leave the cache.
 _WINDOW, _BEGUN = 8 << 20, 256 << 20
 
 
@@ -28,7 +28,7 @@ class FileSum:
 
     @classmethod
     def of(cls, path: Path) -> FileSum:
-        """Read a file. Raises OSError."""
+        """Read a file and return its size and checksum. Raises OSError."""
         size = crc = 0
         piece = bytearray(_PIECE)
         with open_regular(path) as file:
@@ -39,8 +39,8 @@ class FileSum:
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """Open a file to read. Raises OSError if there is none, or if it is a link, a pipe or a device."""
-    # Without O_NONBLOCK the opening of a pipe would wait for a writer.
+    """Open a file for reading. Raises OSError if it is missing, a link, a pipe or a device."""
+    # Without O_NONBLOCK, opening a pipe would block until there is a writer.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -50,9 +50,9 @@ def open_regular(path: Path) -> io.FileIO:
 
 @contextlib.contextmanager
 def naming_the_cause() -> Iterator[None]:
-    """For torch.save: where a write to the file fails, its OSError comes out.
+    """Raise the OSError of a failed write inside torch.save.
 
-    torch would complain of the position in the file instead.
+    torch.save itself raises a RuntimeError about the position in the file instead.
     """
     try:
         yield
@@ -63,10 +63,10 @@ def naming_the_cause() -> Iterator[None]:
 
 
 class WriteThroughFile:
-    """A new file whose bytes the disk begins to take at once, and the system's cache soon forgets.
+    """A new file whose writeback starts at once and whose pages leave the page cache soon.
 
-    Left alone, the system keeps all of them, instead of the images it had, and begins to write when that is
-    too much, while whoever writes has to wait. Pages that are used again also cost less than new ones.
+    By default the system would keep all pages, evict cached images for them, and start writeback only at a
+    limit, where it blocks the writer. Reused pages are also cheaper than new ones.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -80,40 +80,40 @@ class WriteThroughFile:
             self._raw.write(piece)
             self._size += len(piece)
             while self._size - self._begun >= _WINDOW:
-                # Told so, the system begins to write what it has not, and forgets what it has written.
+                # On this advice the system starts to write dirty pages, and drops the clean ones.
                 self._fadvise_dontneed(self._begun, _WINDOW)
                 self._fadvise_dontneed(self._begun - _BEGUN, _WINDOW)
                 self._begun += _WINDOW
         return len(whole)
 
     def _fadvise_dontneed(self, start: int, length: int) -> None:
-        # Advice, which not every system takes.
+        # Not every file system supports this advice, and none needs it.
         with contextlib.suppress(OSError):
             if start >= 0:
                 os.posix_fadvise(self._raw.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
     def tell(self) -> int:
-        """The number of bytes until now."""
+        """Return the number of bytes written so far."""
         return self._size
 
     def flush(self) -> None:
-        """Hand to the system what was written."""
+        """Pass all bytes written so far to the system."""
         self._raw.flush()
 
     def fileno(self) -> int:
-        """The descriptor, for fsync: the system has all bytes until now."""
+        """Flush, and return the descriptor, for fsync."""
         self._raw.flush()
         return self._raw.fileno()
 
     def close(self) -> None:
-        """Flush and close; what is on the disk by now goes from the cache."""
+        """Flush, drop the pages that are on the disk from the cache, and close."""
         self._raw.flush()
         self._fadvise_dontneed(0, self._size)
         self._raw.close()
 
 
 class SummedFile(WriteThroughFile):
-    """One whose sum is known when its last byte is."""
+    """A write-through file that computes its checksum while it is written."""
 
     def __init__(self, raw: BinaryIO) -> None:
         super().__init__(raw)
@@ -121,11 +121,11 @@ class SummedFile(WriteThroughFile):
 
     @property
     def sum(self) -> FileSum:
-        """Of all bytes until now."""
+        """The size and checksum of all bytes so far."""
         return FileSum(self._size, f"{self._crc:08x}")
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`, summed meanwhile by a thread if that is worth it."""
+        """Write all of `data`; a thread computes the checksum of large pieces at the same time."""
         whole = memoryview(data).cast("B")
         if len(whole) < _PIECE:
             self._crc = zlib.crc32(whole, self._crc)
@@ -137,6 +137,6 @@ class SummedFile(WriteThroughFile):
             super().write(whole)
         finally:
             summing.join()
-        # Without a sum, if the thread failed: that must not pass for one.
+        # Unpacking fails if the thread failed and left no checksum.
         [self._crc] = found
         return len(whole)

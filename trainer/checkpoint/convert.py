@@ -1,8 +1,8 @@
-"""Checkpoints of format 1, whose tensors a pickle of torch's describes, rewritten in the present format.
+"""Conversion of checkpoints of format 1, in which torch's pickle describes tensors, to the current format.
 
-What that pickle names is never looked up: its unpickler has constructors of its own for the few classes that
-torch wrote, under any Python, and those only keep what they are given. The tensors, archives of torch.save
-inside *.distcp files, are read with `weights_only`.
+The unpickler never imports the names in that pickle: it has its own constructors for the few classes that
+torch writes under any Python version, and they only store their arguments. The tensors are torch.save
+archives inside *.distcp files, and are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _CLASSES = {
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
 }
-# Not needed: memory formats (which early releases of Python 3.11 name through getattr), layouts, paths.
+# Values that the conversion ignores: memory formats (pickled through getattr by early releases of Python
+# 3.11), layouts, paths.
 _IGNORED = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("builtins", "getattr"),
@@ -47,7 +48,7 @@ _IGNORED = {
 
 
 class _OldChunk(NamedTuple):
-    """Where a chunk of a tensor is in the files of format 1, and its rows."""
+    """The rows of a chunk of a tensor, and its place in the files of format 1."""
 
     tensor: str
     start: int
@@ -58,14 +59,15 @@ class _OldChunk(NamedTuple):
 
 
 def convert(checkpoint: Path) -> None:
-    """Replace a checkpoint of format 1 by the same in the present format; a kill leaves one of the two.
+    """Replace a checkpoint of format 1 by the same state in the current format.
 
-    Raises CheckpointError if the checkpoint is damaged or something else than torch has written it.
+    If the process is killed, one of the two checkpoints remains. Raises CheckpointError if the checkpoint is
+    damaged or was not written by torch.
     """
     manifest = files.read_manifest(checkpoint)
     problem = files.damage(checkpoint)
     if problem is not None:
-        raise CheckpointError(f"{problem}; the checkpoint is damaged and is left as it is")
+        raise CheckpointError(f"{problem}; the checkpoint is damaged and is left unchanged")
     partial = files.begin(checkpoint)
     try:
         shapes, chunks = _described(checkpoint / _METADATA)
@@ -73,7 +75,7 @@ def convert(checkpoint: Path) -> None:
         tables: list[storage.Table] = []
         for name, of_file in chunks.items():
             if name not in manifest.files:
-                raise ValueError(f"its metadata names the file {name!r}, which the manifest does not")
+                raise ValueError(f"metadata with the file {name!r}, which the manifest does not list")
             out = f"rank-{len(sums)}.bin"
             with open_regular(checkpoint / name) as source, open(partial / out, "xb") as raw:
                 target = SummedFile(cast(BinaryIO, raw))
@@ -88,8 +90,8 @@ def convert(checkpoint: Path) -> None:
     except Exception as error:  # a crafted pickle or archive can raise nearly anything
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint of format 1, as torch writes them, found: {error}; it "
-            "is left as it is"
+            f"{checkpoint}: expected a checkpoint of format 1 as torch writes it, found: {error}; the "
+            "checkpoint is left unchanged"
         ) from error
 
 
@@ -100,7 +102,7 @@ def _copy(
     content = io.BytesIO(source.read(chunk.length))
     tensor = torch.load(content, map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.shape:
-        raise ValueError(f"a chunk of {chunk.tensor} that is no tensor of shape {chunk.shape}")
+        raise ValueError(f"a chunk of {chunk.tensor} that is not a tensor of shape {chunk.shape}")
     where = Chunk(chunk.start, chunk.shape[0] if chunk.shape else 1, out, target.tell(), tensor.nbytes)
     storage.write_tensor(target, tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -108,7 +110,7 @@ def _copy(
 
 
 def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_OldChunk]]]:
-    """The shape of every tensor, and the chunks in every file, in the order of their bytes."""
+    """Read the shape of every tensor, and the chunks in every file in the order of their offsets."""
     with open_regular(metadata) as file:
         content = _Unpickler(io.BytesIO(file.readall())).load()
     shapes, sizes = {}, {}
@@ -120,7 +122,7 @@ def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
     for index, info in content["storage_data"].items():
         offsets = _counts(index["offset"])
         if any(offsets[1:]):
-            raise ValueError(f"{index['fqn']} is divided otherwise than by rows")
+            raise ValueError(f"{index['fqn']} is sharded along another dimension than its rows")
         [offset, length] = _counts((info["offset"], info["length"]))
         found = _OldChunk(
             index["fqn"],
@@ -136,15 +138,15 @@ def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
 
 def _counts(values: Any) -> tuple[int, ...]:
     if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"sizes or offsets {values!r}")
+        raise ValueError(f"invalid sizes or offsets {values!r}")
     return tuple(values)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds what torch's metadata describes from constructors of this module, never from what it names."""
+    """Unpickler of torch's metadata that uses only constructors of this module and imports nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a constructor made for this one place: what a pickle does to it has no other effect."""
+        """Return a constructor made for this call; a pickle that modifies it affects nothing else."""
         if name in _CLASSES.get(module, ()):
             return type(name, (_Record,), {})
         if (module, name) in _IGNORED:
@@ -157,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Record:
-    """An object of torch's, by its fields."""
+    """The fields of one of torch's objects."""
 
     def __init__(self) -> None:
         self._fields: Any = {}

@@ -1,15 +1,13 @@
-"""Checkpoints as files: what one holds, whether it is whole, how it appears and when it goes. Without torch.
+"""Checkpoints as files: their contents, verification, publication and removal. Does not import torch.
 
     run_dir/checkpoints/step-00001000/
-        rank-0.bin, ...         the bytes of tensors, a file for each rank that wrote (checkpoint_storage.py)
-        checkpoint.json         the manifest: step, configuration, dataset, versions; name, dtype, shape and
-                                chunks of every tensor; size and CRC-32 of every other file, and of itself.
-                                Written last
+        rank-0.bin, ...         the bytes of tensors, one file per rank that wrote any (storage.py)
+        checkpoint.json         the manifest, written last: step, configuration, dataset, versions; name,
+                                dtype, shape and chunks of every tensor; size and CRC-32 of every file
 
-What is being written or removed has a name that begins with a dot. A folder gets the name step-N by one
-rename, after all that it holds has reached the disk; it loses it by one rename before anything in it goes.
-So a process can be killed at any instant, and what step-N holds is whole unless the disk damaged it later;
-the manifest tells. CRC-32 is against damage, not against attack.
+Incomplete folders have names that begin with a dot. A folder is renamed to step-N after all its files have
+reached the disk, and is renamed again before any of them is removed. A folder named step-N is therefore
+complete even if a process is killed at any time. CRC-32 detects damage, not tampering.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from data_pipeline.common.atomic_write import write_through
 from trainer.checkpoint.checksummed_file import FileSum
 
 MANIFEST = "checkpoint.json"
-# 1, which no manifest names, has its tensors described by a pickle of torch's: see checkpoint_convert.py.
+# Format 1 has no `format` in its manifest, and describes its tensors in torch's pickle: see convert.py.
 FORMAT = 2
 ITEM_BYTES = {
     "float64": 8,
@@ -50,23 +48,23 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, of another model, or cannot be written; says which and why."""
+    """A checkpoint that is missing, damaged, of another model, or could not be written."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a checkpoint without reading a tensor."""
+    """The properties of a checkpoint that are known without reading a tensor."""
 
     step: int
     config: dict[str, Any]
     dataset: dict[str, int]
     versions: dict[str, str]
-    cursor: list[list[int]] | None = None  # of a stream of shards, a row for each rank
+    cursor: list[list[int]] | None = None  # positions in a stream of shards, a row for each rank
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`rows` rows of a tensor from row `start` on: `length` bytes of a file from `offset` on.
+    """`rows` rows of a tensor, starting at row `start`: `length` bytes of a file, starting at `offset`.
 
     The bytes are the elements in row-major order, little-endian. A tensor without dimensions is one row.
     """
@@ -80,7 +78,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a checkpoint: its dtype as torch names it, its shape, its chunks from the first row on."""
+    """A tensor in a checkpoint: the name of its torch dtype, its shape, its chunks in the order of rows."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -99,9 +97,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a checkpoint: header, time of writing, sums of all other files, tensors by name.
+    """The manifest of a checkpoint: header, time of writing, checksums of all other files, tensors by name.
 
-    `time_s` counts seconds since 1970. In format 1 `tensors` is empty: a pickle describes them.
+    `time_s` is in seconds since 1970. In format 1 `tensors` is empty: a pickle describes them.
     """
 
     header: Header
@@ -112,44 +110,44 @@ class Manifest:
 
 
 class IntegrityCheck(Protocol):
-    """Looks at one part of `parts` of a checkpoint's files; returns what is wrong, None if nothing is."""
+    """A check of one of `parts` parts of a checkpoint's files that returns the first problem, or None."""
 
     def __call__(self, checkpoint: Path, part: int = 0, parts: int = 1) -> str | None: ...
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Where a run has its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
 def final_path(run_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint at `step`."""
+    """Return the folder of the checkpoint at `step`."""
     return folder_of(run_dir) / f"step-{step:08d}"
 
 
 def partial_path(final: Path) -> Path:
-    """What a checkpoint is called while it is written or removed."""
+    """Return the path of a checkpoint while it is written or removed."""
     return final.with_name(f".{final.name}.part")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Return the step in a checkpoint folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def all_of(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run by step, oldest first, whole or not."""
+    """Return all checkpoints of a run by step, oldest first, intact or not."""
     found = (path for path in folder_of(run_dir).glob("step-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is meant as a checkpoint, whole or not, and not as a run directory."""
+    """Return True if a path names a checkpoint, intact or not, rather than a run directory."""
     return (path / MANIFEST).exists() or (_NAME.fullmatch(path.name) is not None and path.is_dir())
 
 
 def begin(final: Path) -> Path:
-    """Make an empty folder for the files of the checkpoint that will be called `final`."""
+    """Create an empty folder for the files of the checkpoint `final`."""
     partial = partial_path(final)
     if partial.exists():
         shutil.rmtree(partial)
@@ -164,9 +162,9 @@ def publish(
     files: dict[str, FileSum],
     tensors: dict[str, StoredTensor],
 ) -> None:
-    """Give the name `final` to the files in `partial`, which are on the disk already, with a manifest.
+    """Write the manifest for the files in `partial`, which are on the disk already, and rename it to `final`.
 
-    A checkpoint that has the name goes, but not before: a kill between the two renames is mended by `clean`.
+    An existing checkpoint of that name is replaced. `clean` restores it after a kill between the two renames.
     """
     manifest = Manifest(header, time.time(), files, tensors)
     _check(manifest)
@@ -181,8 +179,8 @@ def publish(
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what killed or failed saves have left; a save that is being written is given up."""
-    with contextlib.suppress(OSError):  # a file system that is gone; the next save says so
+    """Remove the remains of killed or failed saves; a save in progress is abandoned."""
+    with contextlib.suppress(OSError):  # if the file system is unavailable, the next save reports it
         for path in folder_of(run_dir).glob(".step-*.old"):
             final = path.with_name(path.name[1:].removesuffix(".old"))
             if not final.exists():
@@ -190,12 +188,12 @@ def clean(run_dir: Path) -> None:
         for gone in folder_of(run_dir).glob(".step-*.gone"):
             shutil.rmtree(gone, ignore_errors=True)
         for path in folder_of(run_dir).glob(".step-*"):
-            # Renamed first: whoever still writes it cannot publish what is half gone.
+            # Renamed first, so that a process that is still writing cannot publish a half-removed folder.
             shutil.rmtree(path.rename(path.with_suffix(".gone")), ignore_errors=True)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; at no time is there a part of one under its name."""
+    """Remove a checkpoint; its name never refers to an incomplete one."""
     doomed = partial_path(checkpoint)
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
@@ -204,10 +202,10 @@ def remove(checkpoint: Path) -> None:
 def superfluous(
     run_dir: Path, *, keep: int, every_steps: int | None, look: IntegrityCheck, until_step: int | None = None
 ) -> list[Path]:
-    """The checkpoints older than the `keep` newest in which `look` finds nothing wrong.
+    """Return the checkpoints to remove: all that are older than the `keep` newest ones that pass `look`.
 
-    Those at multiples of `every_steps` stay. Those after `until_step`, which a run that has gone back may
-    have, neither count nor go.
+    Checkpoints at multiples of `every_steps` are kept. Checkpoints after `until_step`, which remain when a
+    run has resumed from an earlier step, are neither counted nor returned.
     """
     good, found = 0, []
     for checkpoint in reversed(all_of(run_dir)):
@@ -228,7 +226,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
         held = json.loads(text)
         if held.get("format", 1) not in (1, FORMAT):
-            raise ValueError(f"format {held['format']!r}, of a newer lgaf")
+            raise ValueError(f"format {held['format']!r}, which a newer lgaf wrote")
         manifest = _parsed(held)
         _check(manifest)
     except OSError as error:
@@ -236,17 +234,17 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error!r}") from error
     if _sealed(manifest) != text:
-        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found one that was changed")
+        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found one that was modified")
     return manifest
 
 
 def as_json(table: Mapping[str, FileSum | StoredTensor]) -> dict[str, Any]:
-    """A table of files or of tensors as plain values, by name."""
+    """Return a table of files or of tensors as plain values, by name."""
     return {name: asdict(entry) for name, entry in sorted(table.items())}
 
 
 def table_from_json(held: dict[str, Any]) -> dict[str, StoredTensor]:
-    """The table of tensors that `as_json` made plain."""
+    """Return the table of tensors for which `as_json` returned `held`."""
     return {
         name: StoredTensor(
             entry["dtype"], tuple(entry["shape"]), tuple(Chunk(**chunk) for chunk in entry["chunks"])
@@ -263,20 +261,20 @@ def _parsed(held: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise ValueError unless every row of every tensor is described once, by bytes that a file has."""
+    """Raise ValueError unless each row of each tensor is stored exactly once, inside a file."""
     for name in manifest.files:
         if name == MANIFEST or not _PLAIN.fullmatch(name) or not name.strip("."):
-            raise ValueError(f"the file name {name!r}")
+            raise ValueError(f"invalid file name {name!r}")
     for name, tensor in manifest.tensors.items():
         if tensor.dtype not in ITEM_BYTES or not all(map(_is_count, tensor.shape)):
-            raise ValueError(f"the tensor {name!r} of dtype {tensor.dtype!r} and shape {tensor.shape!r}")
+            raise ValueError(f"invalid tensor {name!r} of dtype {tensor.dtype!r} and shape {tensor.shape!r}")
         row = 0
         for chunk in tensor.chunks:
             if not all(map(_is_count, (chunk.start, chunk.rows, chunk.offset, chunk.length))):
-                raise ValueError(f"{chunk!r} of {name!r}")
+                raise ValueError(f"invalid {chunk!r} of {name!r}")
             if chunk.start != row or chunk.length != chunk.rows * tensor.row_bytes:
                 raise ValueError(
-                    f"{chunk!r} of {name!r}, expected {tensor.row_bytes} bytes a row from {row} on"
+                    f"{chunk!r} of {name!r}, expected {tensor.row_bytes} bytes per row, starting at row {row}"
                 )
             if chunk.offset + chunk.length > manifest.files[chunk.file].size:
                 raise ValueError(f"{chunk!r} of {name!r}, beyond the end of its file")
@@ -290,24 +288,24 @@ def _is_count(value: object) -> bool:
 
 
 def wrong_size(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """A `IntegrityCheck` at the manifest and the files' sizes."""
+    """Check the manifest and the sizes of the files, as an `IntegrityCheck`."""
     return _first_wrong(_wrong_size, checkpoint, part, parts)
 
 
 def wrong_sum(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """A `IntegrityCheck` at the manifest and every byte of the files."""
+    """Check the manifest and every byte of the files, as an `IntegrityCheck`."""
     return _first_wrong(_wrong_sum, checkpoint, part, parts)
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """A `IntegrityCheck` at everything, at what is quickly seen first."""
+    """Check sizes first, which is fast, and then every byte, as an `IntegrityCheck`."""
     return wrong_size(checkpoint, part, parts) or wrong_sum(checkpoint, part, parts)
 
 
 def _first_wrong(
     wrong: Callable[[Path, FileSum], str | None], checkpoint: Path, part: int, parts: int
 ) -> str | None:
-    """What is wrong with the manifest, or with the first file of a part that has something wrong."""
+    """Return the problem of the manifest, or of the first bad file of a part; None if all are intact."""
     try:
         files = _share(read_manifest(checkpoint), part, parts)
     except CheckpointError as error:
@@ -327,17 +325,17 @@ def _wrong_sum(path: Path, wanted: FileSum) -> str | None:
     try:
         found = FileSum.of(path)
     except OSError as error:
-        return f"{path}: expected a file that can be read, found: {error.strerror}"
+        return f"{path}: expected a readable file, found: {error.strerror}"
     return None if found == wanted else f"{path}: expected CRC-32 {wanted.crc32}, found {found.crc32}"
 
 
 def _share(manifest: Manifest, part: int, parts: int) -> Iterable[tuple[str, FileSum]]:
-    """Large files are dealt out before small ones, so that no part is left with several large ones."""
+    """Return the files of one part; large files are distributed first, which balances the parts."""
     return sorted(manifest.files.items(), key=lambda item: -item[1].size)[part::parts]
 
 
 def _sealed(manifest: Manifest) -> str:
-    """The text of a manifest; it ends with its own CRC-32, and only this very text is accepted."""
+    """Return the text of a manifest, with its CRC-32 at the end; `read_manifest` accepts only this text."""
     content = {
         **({} if manifest.format == 1 else {"format": manifest.format}),
         **asdict(manifest.header),

@@ -1,12 +1,12 @@
-"""One logical state of a run on disk, whatever the number of ranks that wrote it or will read it.
+"""Checkpoints of a run's state that any number of ranks can write and any other number can read.
 
-    save     each rank writes its part of every tensor, with a sum of the bytes taken as they pass
-             (trainer/checkpoint/storage.py); then trainer/checkpoint/directory.py makes the folder appear
-    newest   the latest checkpoint of a run that is whole, whose files the ranks share out to look at
-    load     each rank reads what it needs of one
+    save     each rank writes its part of every tensor and computes a checksum while it writes
+             (trainer/checkpoint/storage.py); then trainer/checkpoint/directory.py publishes the folder
+    newest   find the latest intact checkpoint of a run; the ranks divide the files to verify among them
+    load     each rank reads the rows that it needs
 
-All three are done by all ranks of a group together, and turn out alike on all of them. Nothing here runs
-what a file names: tensors are bytes, and all that describes them is the JSON of the manifest.
+All ranks of a group call these functions together, and all get the same outcome. No code in a checkpoint is
+executed: tensors are plain bytes, described by the JSON of the manifest.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from trainer.runtime.ranks import from_first, gather_json
 
 
 def backbone_state(model: nn.Module) -> State:
-    """The parts of a checkpoint that are the network itself, on the live memory of `model`.
+    """Return the network's parts of a checkpoint, which share their memory with `model`.
 
-    Frozen parameters are constants of the architecture and are not kept.
+    Frozen parameters are constants of the architecture and are not saved.
     """
     weights = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
     return {"backbone_weight": weights, "backbone_buffer": dict(model.named_buffers())}
 
 
 def share_out(state: State, rank: int, size: int) -> State:
-    """What one of `size` ranks is to copy and write: its rows of divided tensors, and some of the others.
+    """Return the tensors that one of `size` ranks writes: its rows of sharded ones, and some replicated ones.
 
-    Tensors that all ranks hold are dealt out, large ones first, each to the rank that has least so far.
+    Replicated tensors are assigned large ones first, each to the rank with the fewest bytes so far.
     """
     common = [(t.nbytes, part, name) for part, name, t in _tensors(state) if not isinstance(t, DTensor)]
     loads, writer = [0] * size, {}
@@ -65,11 +65,12 @@ def save(
     keep_every_steps: int | None = None,
     group: dist.ProcessGroup,
 ) -> Path:
-    """Write a checkpoint, then remove all but the `keep` newest that are whole, and multiples.
+    """Write a checkpoint; then remove all but the `keep` newest intact ones and keep_every_steps' multiples.
 
-    Each rank brings its part as `share_out` deals it: its rows of divided tensors, which are DTensors, and
-    others that no other rank brings. If it fails, what was begun is removed and all ranks raise
-    CheckpointError.
+    state: this rank's part as `share_out` returns it, its rows of sharded tensors (DTensors) and replicated
+    tensors that no other rank writes.
+
+    Raises CheckpointError on all ranks if a rank fails; the incomplete checkpoint is removed.
     """
     final = files.final_path(run_dir, header.step)
     try:
@@ -78,10 +79,10 @@ def save(
         if group.rank() == 0:
             files.clean(run_dir)
         raise CheckpointError(
-            f"{final} cannot be written by {error}; see that the disk has room and lets itself be written"
+            f"{final} could not be written by {error}; check the disk's free space and the permissions"
         ) from error
     if group.rank() == 0:
-        # The checkpoint stands; if there is trouble with the disk, the next one tells.
+        # This checkpoint is complete; if the disk has a problem, the next save reports it.
         with contextlib.suppress(OSError):
             for old in files.superfluous(
                 run_dir,
@@ -95,33 +96,36 @@ def save(
 
 
 def newest(run_dir: Path, *, group: dist.ProcessGroup) -> Path | None:
-    """The latest whole checkpoint of a run, None if it has none at all.
+    """Return the latest intact checkpoint of a run, None if the run has no checkpoint.
 
-    Every damaged one that is passed over is named once, on standard error, and left as it is.
+    Each damaged checkpoint that is skipped is reported once on standard error, and left unchanged.
 
-    Raises CheckpointError if there are some and none is whole, ValueError on a rank that does not see them.
+    Raises CheckpointError if all checkpoints are damaged, ValueError on a rank that cannot see them.
     """
     names = from_first([path.name for path in files.all_of(run_dir)] if group.rank() == 0 else [], group)
     for name in reversed(names):
         checkpoint = files.folder_of(run_dir) / name
         if not checkpoint.is_dir():
-            raise ValueError(f"rank 0 goes on from {checkpoint}, which this rank cannot see; share run_dir")
+            raise ValueError(
+                f"rank 0 resumes from {checkpoint}, which this rank cannot see; "
+                "put run_dir on a file system that all ranks share"
+            )
         problem = _agreed_damage(checkpoint, group)
         if problem is None:
             return checkpoint
         if group.rank() == 0:
-            text = f"{problem}; {checkpoint.name} is damaged and passed over"
+            text = f"{problem}; {checkpoint.name} is damaged and skipped"
             print(f"lgaf: {text}", file=sys.stderr, flush=True)
     if names:
         raise CheckpointError(
-            f"{files.folder_of(run_dir)}: expected a whole checkpoint, found {len(names)}, all damaged; "
-            "put a copy of one there, or move the folder away to begin anew"
+            f"{files.folder_of(run_dir)}: expected an intact checkpoint, found {len(names)}, all damaged; "
+            "restore one from a copy, or move the folder away to restart the training"
         )
     return None
 
 
 def locate(path: Path, *, group: dist.ProcessGroup) -> Path:
-    """The checkpoint meant by a path: itself, or the newest whole one of a run directory.
+    """Return the checkpoint that a path names: the path itself, or the newest intact one of a run directory.
 
     Raises CheckpointError if there is none, or if it is damaged.
     """
@@ -140,35 +144,36 @@ def locate(path: Path, *, group: dist.ProcessGroup) -> Path:
 
 
 def load(checkpoint: Path, state: State, *, group: dist.ProcessGroup) -> None:
-    """Fill the tensors of `state` in place, all ranks together; each rank reads only its parts.
+    """Fill the tensors of `state` in place, on all ranks together; each rank reads only its rows.
 
-    Raises CheckpointError if the checkpoint is damaged or of an older format, or holds tensors of other names
-    or shapes for any of the parts that `state` has.
+    Raises CheckpointError if the checkpoint is damaged or of an older format, or if its tensors differ in
+    name or shape from those of any part in `state`.
     """
     manifest = files.read_manifest(checkpoint)
     if manifest.format != files.FORMAT:
         raise CheckpointError(
-            f"{checkpoint} is of format {manifest.format}, expected {files.FORMAT}: an older lgaf wrote it; "
-            f"rewrite it with `lgaf checkpoint convert {checkpoint}`, or all of a run by the run's directory"
+            f"{checkpoint}: expected format {files.FORMAT}, found {manifest.format}, which an older lgaf "
+            f"wrote; convert it with `lgaf checkpoint convert {checkpoint}`, or pass the run directory to "
+            "convert all of its checkpoints"
         )
     _check_names_and_shapes(checkpoint, state, manifest.tensors)
     try:
         _on_all(group, lambda: storage.read(checkpoint, state, manifest.tensors))
     except _RankFailed as error:
         raise CheckpointError(
-            f"{checkpoint}: a part of it cannot be read by {error}; "
-            "`lgaf checkpoint verify` tells whether it is damaged"
+            f"{checkpoint}: a part of it could not be read by {error}; "
+            "run `lgaf checkpoint verify` to check it for damage"
         ) from error
 
 
 class _RankFailed(Exception):  # noqa: N818
-    """What a rank does for all has failed: which rank and why; known to all ranks."""
+    """A rank has failed; raised on all ranks, with that rank and its error."""
 
 
 def _on_all(group: dist.ProcessGroup, act: Callable[[], Any]) -> list[Any]:
-    """Let every rank act, and return what each returned, which JSON must take.
+    """Call `act` on every rank, and return the results of all ranks, which must be plain JSON values.
 
-    Raises _RankFailed on all ranks if one fails: no rank waits for another that is gone.
+    Raises _RankFailed on all ranks if one fails, so that no rank waits for one that has exited.
     """
     try:
         mine = {"result": act()}
@@ -182,7 +187,7 @@ def _on_all(group: dist.ProcessGroup, act: Callable[[], Any]) -> list[Any]:
 
 
 def _by_first(group: dist.ProcessGroup, act: Callable[[], object]) -> None:
-    """Let rank 0 act. Raises _RankFailed on all ranks if it fails."""
+    """Call `act` on rank 0 only. Raises _RankFailed on all ranks if it fails."""
 
     def act_on_first() -> None:
         if group.rank() == 0:
@@ -192,7 +197,7 @@ def _by_first(group: dist.ProcessGroup, act: Callable[[], object]) -> None:
 
 
 def _agreed_damage(checkpoint: Path, group: dist.ProcessGroup) -> str | None:
-    """What any rank finds wrong with its share of the files; sizes first, which are quickly seen."""
+    """Return a problem that any rank finds in its share of the files, or None; sizes are checked first."""
     for look in (files.wrong_size, files.wrong_sum):
         for problem in gather_json(look(checkpoint, group.rank(), group.size()), group):
             if problem is not None:
@@ -201,7 +206,7 @@ def _agreed_damage(checkpoint: Path, group: dist.ProcessGroup) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, to be kept with results."""
+    """Return the versions of the packages that compute, for the record of a run."""
     names = ("lgaf", "torch", "deepspeed", "nvidia-dali-cuda130", "numpy")
     return {name: version(name) for name in names}
 
@@ -234,7 +239,7 @@ def _check_names_and_shapes(checkpoint: Path, state: State, table: storage.Table
     wanted = {f"{part}.{name}": tuple(tensor.shape) for part, name, tensor in _tensors(state)}
     held = {name: tensor.shape for name, tensor in table.items() if name.split(".")[0] in state}
     faults = [f"{name} is missing" for name in wanted if name not in held]
-    faults += [f"{name} is not of this model" for name in held if name not in wanted]
+    faults += [f"{name} is not in this model" for name in held if name not in wanted]
     faults += [
         f"{name} has shape {held[name]}, expected {shape}"
         for name, shape in wanted.items()
@@ -243,6 +248,6 @@ def _check_names_and_shapes(checkpoint: Path, state: State, table: storage.Table
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(
-            f"{checkpoint} is of another model: {'; '.join(faults[:5])}{more}; "
-            "use the configuration it was trained with"
+            f"{checkpoint}: expected the tensors of this model, found another model's: "
+            f"{'; '.join(faults[:5])}{more}; use the configuration that the checkpoint was trained with"
         )

@@ -1,11 +1,11 @@
-"""The bytes of a checkpoint's tensors: each rank writes one file, and reads the rows that it needs of all.
+"""The bytes of a checkpoint's tensors: each rank writes one file, and reads the rows that it needs from all.
 
-    write_part    this rank's part of a state -> FOLDER/rank-N.bin, its sum, and where each tensor is
-    merged        these descriptions of all ranks -> one table for the manifest
-    read          the rows that a state needs, by the manifest's table, into its tensors
+    write_part    this rank's part of a state -> FOLDER/rank-N.bin, its checksum, and a table of its tensors
+    merged        the tables of all ranks -> one table for the manifest
+    read          the rows that a state needs, located by the manifest's table -> its tensors
 
-Torch's planner decides what a rank writes and reads. The files hold nothing but elements: there is no pickle
-or other format in them that a reader would have to interpret.
+torch's planner decides which rows a rank writes and reads. The files hold only elements of tensors, with no
+pickle or other container format.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from trainer.checkpoint.checksummed_file import FileSum, SummedFile, open_regular
 from trainer.checkpoint.directory import Chunk, StoredTensor
 
-# Read at a time: a chunk may be as large as a rank's whole part of the head.
+# The most bytes read at a time: a chunk can be as large as a rank's part of the head.
 _PIECE_BYTES = 64 << 20
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -37,10 +37,10 @@ Table = dict[str, StoredTensor]
 
 
 def write_part(folder: Path, state: State, rank: int) -> tuple[dict[str, FileSum], Table]:
-    """Write this rank's tensors on the CPU, until they are on the disk.
+    """Write this rank's tensors, which are on the CPU, to one file and flush it to the disk.
 
-    Return the sum of the file by its name, and the table of the tensors with this rank's chunks only. A rank
-    without tensors writes no file. Raises OSError.
+    Return the checksum of the file by its name, and the table of the tensors with this rank's chunks only. A
+    rank without tensors writes no file. Raises OSError.
     """
     planner = DefaultSavePlanner()
     planner.set_up_planner(state, is_coordinator=True)
@@ -70,18 +70,21 @@ def write_tensor(file: SummedFile, tensor: torch.Tensor) -> None:
 
 
 def merged(tables: Iterable[Table]) -> Table:
-    """The tables of all ranks as one, chunks from the first row on.
+    """Return the tables of all ranks as one, with the chunks in the order of their rows.
 
-    Raises ValueError if two ranks describe one tensor differently; the manifest refuses rows that are missing
-    or that two ranks have written.
+    Raises ValueError if two ranks describe one tensor differently. The manifest's own check reports rows that
+    are missing or stored twice.
     """
     found: Table = {}
     for table in tables:
         for name, part in table.items():
             before = found.get(name, StoredTensor(part.dtype, part.shape, ()))
             if (before.dtype, before.shape) != (part.dtype, part.shape):
-                raise ValueError(f"{name} is {part.dtype} {part.shape} and {before.dtype} {before.shape}")
-            # A rank may have no rows of a tensor.
+                raise ValueError(
+                    f"{name} is {part.dtype} {part.shape} on one rank, "
+                    f"{before.dtype} {before.shape} on another"
+                )
+            # A rank can have no rows of a tensor.
             chunks = [chunk for chunk in (*before.chunks, *part.chunks) if chunk.rows]
             found[name] = StoredTensor(
                 part.dtype, part.shape, tuple(sorted(chunks, key=lambda chunk: chunk.start))
@@ -90,7 +93,7 @@ def merged(tables: Iterable[Table]) -> Table:
 
 
 def read(folder: Path, state: State, table: Table) -> None:
-    """Fill the tensors of `state`, of which the table has all, in place; read only the rows that they need.
+    """Fill the tensors of `state` in place, reading only the rows they need; the table must have all of them.
 
     Raises OSError, and EOFError if a file is too short.
     """
@@ -131,14 +134,14 @@ def _fill(file: io.FileIO, content: memoryview) -> None:
 
 
 def _rows(offsets: Iterable[int], shape: torch.Size) -> tuple[int, int]:
-    """First row and number of rows. Tensors are divided by rows only, so that other offsets are 0."""
+    """Return the first row and the number of rows. Tensors are sharded by rows only: other offsets are 0."""
     start, *others = [*offsets] or [0]
     assert not any(others)
     return start, shape[0] if shape else 1
 
 
 def _metadata(table: Table) -> Metadata:
-    """The table as torch's planner takes it."""
+    """Return the table in the form that torch's planner takes."""
     return Metadata(
         {
             name: TensorStorageMetadata(

@@ -1,4 +1,4 @@
-"""`lgaf checkpoint`: list a run's checkpoints, verify them, remove old ones, take the network out of one."""
+"""`lgaf checkpoint`: list, show, verify, convert and prune a run's checkpoints, and extract the network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EITHER = typer.Argument(metavar="RUN", help="a checkpoint's folder, or a run di
 
 @app.command("ls")
 def list_checkpoints(run: Annotated[Path, _RUN]) -> None:
-    """Show step, time, size and state of every checkpoint. Looks at sizes only: `verify` reads every byte."""
+    """Show step, time, size and state of every checkpoint; checks file sizes only, unlike `verify`."""
     typer.echo(f"{'step':>10}  {'written':19}  {'MiB':>9}  state")
     for checkpoint in _all_of(run):
         problem = files.wrong_size(checkpoint)
@@ -34,7 +34,7 @@ def list_checkpoints(run: Annotated[Path, _RUN]) -> None:
 
 @app.command()
 def show(checkpoint: Annotated[Path, _EITHER]) -> None:
-    """Show what a checkpoint (or a run's newest) says of itself: step, dataset, files, configuration."""
+    """Show the manifest of a checkpoint, or of a run's newest one: step, dataset, files, configuration."""
     chosen = _chosen(checkpoint)[-1]
     manifest = files.read_manifest(chosen)
     header = manifest.header
@@ -48,35 +48,38 @@ def show(checkpoint: Annotated[Path, _EITHER]) -> None:
 
 @app.command()
 def verify(checkpoint: Annotated[Path, _EITHER]) -> None:
-    """Read every byte of a checkpoint, or of all of a run; exit code 1 if one is damaged."""
+    """Read every byte of a checkpoint, or of all checkpoints of a run; exit with code 1 if one is damaged."""
     is_damaged = False
     for one in _chosen(checkpoint):
         problem = files.damage(one)
         is_damaged |= problem is not None
-        typer.echo(f"{one.name}: {'whole' if problem is None else f'damaged: {problem}'}")
+        typer.echo(f"{one.name}: {'intact' if problem is None else f'damaged: {problem}'}")
     if is_damaged:
         raise typer.Exit(1)
 
 
 @app.command()
 def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
-    """Rewrite a checkpoint, or all of a run, that an older lgaf wrote with torch's pickled metadata."""
+    """Convert a checkpoint, or all of a run, from format 1 (pickled metadata) to the current format."""
     from trainer.checkpoint import convert as checkpoint_convert
 
     for one in _chosen(checkpoint):
         is_old = files.read_manifest(one).format != files.FORMAT
         if is_old:
             checkpoint_convert.convert(one)
-        typer.echo(f"{one.name}: {'rewritten' if is_old else 'is of the present format'}")
+        typer.echo(f"{one.name}: {'converted' if is_old else 'has the current format already'}")
 
 
 @app.command()
 def prune(
     run: Annotated[Path, _RUN],
-    keep: Annotated[int, typer.Option(min=1, help="number of newest whole checkpoints to keep")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="number of newest intact checkpoints to keep")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the checkpoints to remove")] = False,
 ) -> None:
-    """Remove all but the newest whole checkpoints, after reading these. What the run keeps for ever stays."""
+    """Remove old checkpoints and keep the newest intact ones, after reading every byte of those.
+
+    Checkpoints that checkpoint.keep_every_steps preserves stay.
+    """
     found = _all_of(run)
     every_steps = next(map(_kept_every_steps, filter(_has_manifest, reversed(found))), None)
     for checkpoint in files.superfluous(run, keep=keep, every_steps=every_steps, look=files.damage):
@@ -90,9 +93,9 @@ def extract(
     checkpoint: Annotated[Path, _EITHER],
     out: Annotated[Path, typer.Option(metavar="FILE", help="file to write", show_default=False)],
 ) -> None:
-    """Write the network of a checkpoint (or of a run's newest whole one) to one file, without the classifier.
+    """Write the network of a checkpoint (or of a run's newest intact one) to a file, without the classifier.
 
-    torch.load(FILE, weights_only=True) gives a dictionary: `backbone`, its
+    torch.load(FILE, weights_only=True) returns a dictionary: `backbone`, its
     configuration; `image_size`; `step`; `state`, for load_state_dict.
     trainer.inference.network.load_backbone(FILE) builds the network from it.
     """

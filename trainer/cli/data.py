@@ -1,4 +1,4 @@
-"""`lgaf data`: make, pack and look at datasets."""
+"""`lgaf data`: generate, pack, convert, inspect and validate datasets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from data_pipeline.tools import pack as packing
 from data_pipeline.tools import validate as validation
 from trainer import config_file as settings
 
-app = typer.Typer(no_args_is_help=True, help="Make, pack, convert, inspect and validate face datasets.")
+app = typer.Typer(no_args_is_help=True, help="Generate, pack, convert, inspect and validate face datasets.")
 
 _SAMPLE = 256
 _SHEET = {"classes": 8, "images": 10, "size": 112}
@@ -41,7 +41,7 @@ class _AugmentData(BaseModel):
 class _AugmentFile(BaseModel):
     """A training configuration, of which only [data.augment] is read."""
 
-    data: _AugmentData = Field(description="the table with augment")
+    data: _AugmentData = Field(description="the table that holds augment")
 
 
 def _print_keys(wanted: bool) -> None:
@@ -51,7 +51,7 @@ def _print_keys(wanted: bool) -> None:
 
 
 _SetFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="TOML file with the set's configuration.")
+    Path | None, typer.Option(metavar="FILE", help="TOML file with the dataset's configuration.")
 ]
 _SetKeys = Annotated[
     list[str] | None,
@@ -61,7 +61,7 @@ _SetKeys = Annotated[
 _HelpKeys = Annotated[
     bool,
     typer.Option(
-        "--help-config", help="Print all configuration keys and end.", callback=_print_keys, is_eager=True
+        "--help-config", help="Print all configuration keys and exit.", callback=_print_keys, is_eager=True
     ),
 ]
 
@@ -69,32 +69,32 @@ _HelpKeys = Annotated[
 @app.command()
 def synth(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write; a new or empty folder.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="Folder to write; new or empty.", show_default=False)
     ],
     config: _SetFile = None,
     overrides: _SetKeys = None,
     help_config: _HelpKeys = False,
 ) -> None:
-    """Paint synthetic people: a training set, and a verification set of other people.
+    """Generate synthetic faces: a training set, and a verification set of held-out identities.
 
-    DIR gets train.rec, train.idx and property, which is InsightFace's format,
-    held_out.bin with the pairs, what is in each picture as two tables
-    (pose, light, occlusion...), and synth.json with the configuration.
+    Writes to DIR: train.rec, train.idx and property in InsightFace's format;
+    held_out.bin with the pairs; two tables of each image's pose, lighting,
+    occlusion and other factors; synth.json with the configuration.
 
-    The same configuration gives the same set; where DIR holds it, nothing is done.
+    The same configuration generates the same dataset. If DIR holds it already, nothing is written.
     """
     wanted = settings.load(SynthConfig, config, overrides or [])
     start = time.monotonic()
-    with progress_bar("painting") as progress:
+    with progress_bar("rendering") as progress:
         is_new = synthetic_set.write_set(folder, wanted, progress)
     if not is_new:
-        typer.echo(f"{folder} holds this set already; nothing to do")
+        typer.echo(f"{folder} holds this dataset already; nothing to do")
         return
     seconds = time.monotonic() - start
     rate = (wanted.images + 2 * wanted.pairs) / seconds
     typer.echo(
-        f"{folder}: {wanted.images} images of {wanted.identities} people, {wanted.pairs} pairs of "
-        f"{wanted.held_out_identities} others ({seconds:.1f} s, {rate:.0f} images/s)"
+        f"{folder}: {wanted.images} images of {wanted.identities} identities, {wanted.pairs} pairs of "
+        f"{wanted.held_out_identities} held-out identities ({seconds:.1f} s, {rate:.0f} images/s)"
     )
 
 
@@ -103,27 +103,29 @@ def paint(
     part: Annotated[
         str,
         typer.Argument(
-            metavar="K/N", help="Which part to paint, of how many: 0/50 to 49/50.", show_default=False
+            metavar="K/N", help="Part K of N to render, such as 0/50 to 49/50.", show_default=False
         ),
     ],
     config: _SetFile = None,
     overrides: _SetKeys = None,
     help_config: _HelpKeys = False,
 ) -> None:
-    """Paint synthetic people to train on as a tar shard, on standard output: to stream, not to store.
+    """Render synthetic training faces and write them as a tar shard to standard output, for streaming.
 
-    The pictures are those of `lgaf data synth` with the same configuration. A
-    training that streams them paints them itself, and no disk holds them. Each
-    rank paints with all cores, unless processes says less:
+    The images are those of `lgaf data synth` with the same configuration. A
+    training that streams them renders them while it runs and stores none on disk.
+    Each rank renders with all cores, unless `processes` sets fewer:
 
     data.shards = ["pipe:lgaf data paint {0..49}/50 --set identities=100000"]
     """
     wanted = settings.load(SynthConfig, config, overrides or [])
     found = re.fullmatch(r"(\d+)/(\d+)", part)
     if found is None or int(found[1]) >= int(found[2]):
-        raise ValueError(f"{part}: expected a part and how many there are, such as 0/50 or 49/50")
+        raise ValueError(f"{part}: expected a part and the number of parts, such as 0/50 or 49/50")
     if sys.stdout.isatty():
-        raise ValueError("standard output: expected a file or a pipe for a tar shard, found a terminal")
+        raise ValueError(
+            "standard output: expected a file or a pipe for a tar shard, found a terminal; redirect it"
+        )
     write_shard(sys.stdout.buffer, wanted, int(found[1]), int(found[2]))
 
 
@@ -133,24 +135,24 @@ def inspect(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Folder with .rec files, or with a sub-folder of images per identity; of several, the "
-            "classes are numbered through.",
+            help="Folder with .rec files, or with a sub-folder of images per identity. The classes of "
+            "several folders are numbered consecutively.",
             show_default=False,
         ),
     ],
     sheet: Annotated[
-        Path, typer.Option(metavar="PNG", help="Where to write the contact sheet; replaces a file there.")
+        Path, typer.Option(metavar="PNG", help="Contact sheet to write; an existing file is replaced.")
     ] = Path("contact_sheet.png"),
     augment: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Change the sheet's images as its [data.augment] says; a TOML file as for training.",
+            help="Training configuration (TOML) whose [data.augment] is applied to the sheet's images.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Say what a dataset holds, and draw a contact sheet of some of its classes with their labels."""
+    """Print facts about a dataset, and write a contact sheet of some of its classes with their labels."""
     changes = None if augment is None else settings.load(_AugmentFile, augment).data.augment
     catalog = open_catalog(folders)
     for name, value in _facts(catalog):
@@ -169,37 +171,39 @@ def pack(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder with one sub-folder of images for each identity; or a list of images.",
+            help="Folder with one sub-folder of images for each identity, or a list of images.",
             show_default=False,
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Where to write; a new or empty folder.", show_default=False)
+        Path, typer.Argument(metavar="OUT", help="Folder to write; new or empty.", show_default=False)
     ],
     form: Annotated[
-        packing.Format, typer.Option("--format", help="RecordIO (train.rec) or WebDataset's tar shards.")
+        packing.Format, typer.Option("--format", help="RecordIO (train.rec) or WebDataset tar shards.")
     ] = "rec",
     size: Annotated[int, typer.Option(min=16, help="Width and height of the stored images, pixels.")] = 112,
     quality: Annotated[int, typer.Option(min=1, max=95, help="JPEG quality of the stored images.")] = 95,
     hold_out: Annotated[
-        int, typer.Option(min=0, help="Identities, the last ones, to verify on instead of training on them.")
+        int, typer.Option(min=0, help="Number of identities, the last ones, held out for verification.")
     ] = 0,
     shard_samples: Annotated[int, _SHARD_SAMPLES] = 10_000,
 ) -> None:
     """Pack images into train.rec, train.idx and property, or into shards train-000000.tar, ...
 
-    Of a folder the sub-folders are the classes, which identities.tsv names.
-    With --hold-out, held_out.bin gets pairs of images of the people held out.
+    Each sub-folder of a folder is one class; identities.tsv lists their names.
+    With --hold-out, held_out.bin holds pairs of images of the held-out identities.
 
-    A list has the lines path<TAB>label, or path,label if its name ends in .csv;
-    a first line may name the columns. Labels that float32 cannot hold go into
-    train.labels.npy.
+    A list has lines of path<TAB>label, or path,label if its name ends in .csv;
+    the first line may name the columns. Labels that float32 cannot represent are
+    written to train.labels.npy.
 
-    Images are cropped to their central square and resized; a JPEG of the right size is kept as it is.
+    Images are cropped to their central square and resized; a JPEG of the right size is copied unchanged.
     """
     is_list = source.is_file()
     if is_list and hold_out:
-        raise ValueError(f"{source}: --hold-out {hold_out} needs a folder of identities, found a list")
+        raise ValueError(
+            f"{source}: --hold-out {hold_out} expects a folder of identities, found a list; remove --hold-out"
+        )
     with progress_bar("packing") as progress:
         how: dict[str, Any] = {"form": form, "size": size, "quality": quality, "shard_samples": shard_samples}
         if is_list:
@@ -208,8 +212,8 @@ def pack(
             done = packing.pack_folder(source, out, hold_out=hold_out, progress=progress, **how)
     typer.echo(
         f"{out}: {done.images} images of {done.identities} identities, {done.image_bytes / 1e6:.1f} MB "
-        f"({done.kept_images} kept as they were)"
-        + (f"; {done.pairs} pairs of {hold_out} others" if hold_out else "")
+        f"({done.kept_images} copied unchanged)"
+        + (f"; {done.pairs} pairs of {hold_out} held-out identities" if hold_out else "")
     )
 
 
@@ -222,19 +226,19 @@ def convert(
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Where to write the other format.", show_default=False)
+        Path, typer.Argument(metavar="OUT", help="Folder to write in the other format.", show_default=False)
     ],
     shard_samples: Annotated[int, _SHARD_SAMPLES] = 10_000,
 ) -> None:
-    """Convert RecordIO to WebDataset's tar shards, or shards to RecordIO; images stay byte for byte.
+    """Convert RecordIO to WebDataset tar shards, or shards to RecordIO; images are copied byte for byte.
 
-    Killed on its way to shards, the same command goes on after the last whole
-    one; on its way to RecordIO it begins anew. Verification sets and other files
-    are not copied.
+    If a conversion to shards is killed, the same command resumes after the last
+    complete shard; a conversion to RecordIO restarts. Verification sets and other
+    files are not copied.
     """
     with progress_bar("converting") as progress:
         images, there = conversion.convert(source, out, shard_samples=shard_samples, progress=progress)
-    typer.echo(f"{out}: {images} images" + (f", {there} of them there before" if there else ""))
+    typer.echo(f"{out}: {images} images" + (f", {there} of them converted before" if there else ""))
 
 
 @app.command()
@@ -246,16 +250,19 @@ def validate(
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Where to list all bad records, a JSON object a line.", show_default=False
+            metavar="FILE",
+            help="File to write all bad records to, one JSON object a line.",
+            show_default=False,
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one for each core.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Processes [default: one for each core].", show_default=False),
     ] = None,
 ) -> None:
-    """Read and decode every record of datasets; ends with code 1 if one is bad.
+    """Read and decode every record of the datasets; exit with code 1 if one is bad.
 
-    Training leaves bad records out by itself, up to data.max_bad_share; this finds them all beforehand.
+    Training skips bad records up to data.max_bad_share; this command finds all of them in advance.
     """
     start = time.monotonic()
     with progress_bar("validating") as progress:
@@ -286,7 +293,7 @@ def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:
     yield "labels", f"{catalog.label_N.min()} to {catalog.label_N.max()}"
     yield (
         "images per class",
-        f"{count_C.min()} to {count_C.max()}, median {np.median(count_C):g}, {(count_C == 0).sum()} without",
+        f"{count_C.min()} to {count_C.max()}, median {np.median(count_C):g}, {(count_C == 0).sum()} empty",
     )
     yield "damaged records", f"{len(catalog.damaged_D)}"
     for reason in catalog.damage(_DAMAGE_NAMED):

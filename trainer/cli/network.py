@@ -1,4 +1,4 @@
-"""`lgaf export`, `lgaf embed` and `lgaf compare`: what one does with a trained network."""
+"""`lgaf export`, `lgaf embed` and `lgaf compare`: commands that use a trained network."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def export(
         ),
     ],
 ) -> None:
-    """Write a trained network for other programs. The file is run once, to see that it embeds the same.
+    """Write a trained network for other programs, and run the file once to check its embeddings.
 
-    Its metadata say what images it takes: RGB, (pixel - 127.5) / 127.5, any number of them at once.
+    The file's metadata describe its input: RGB images, (pixel - 127.5) / 127.5, in batches of any size.
     """
     from trainer.inference import export as exporting
     from trainer.inference import network as extraction
@@ -36,7 +36,7 @@ def export(
     exporting.format_of(out)
     difference = exporting.export(extraction.network_alone(checkpoint), out)
     checked = (
-        "not run, as onnxruntime is not installed"
+        "not checked, as onnxruntime is not installed"
         if difference is None
         else f"embeddings differ from the network's by at most {difference:.1e} of their length"
     )
@@ -47,7 +47,7 @@ def embed(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGES", help="pictures of aligned faces, or folders of them", show_default=False
+            metavar="IMAGES", help="images of aligned faces, or folders of them", show_default=False
         ),
     ],
     checkpoint: Annotated[Path, _CHECKPOINT],
@@ -55,15 +55,15 @@ def embed(
         Path, typer.Option(metavar="FILE", help="file to write: .npz or .parquet", show_default=False)
     ],
     flip: Annotated[
-        bool, typer.Option("--flip", help="mean over each picture and its mirror image; takes twice as long")
+        bool, typer.Option("--flip", help="average each image and its mirror image; takes twice as long")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="pictures embedded at once")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="images embedded at once")] = 64,
 ) -> None:
-    """Write embeddings and qualities of all pictures, sorted by name within each folder.
+    """Write embeddings and qualities of all images, sorted by name within each folder.
 
-    Pictures of another size than the network's are resized to it. A file that is
-    no picture gets a row with its `error` and NaN for numbers; the exit code is 1
-    only if none is a picture.
+    Images are resized to the network's image size. A file that cannot be read as
+    an image gets a row with its `error` and NaN for all numbers. The exit code is
+    1 only if no file can be read as an image.
     """
     from trainer.inference import embed as embedding
     from trainer.inference import embedding_file
@@ -79,29 +79,28 @@ def embed(
     for path, reason in bad[:_BAD_SHOWN]:
         typer.echo(f"lgaf: {path}: {reason}", err=True)
     if bad:
-        typer.echo(f"lgaf: {len(bad)} of {files} files are no pictures; {out} names all of them", err=True)
-    typer.echo(f"{out}: {files - len(bad)} pictures")
+        text = f"{len(bad)} of {files} files could not be read as images; {out} lists all of them"
+        typer.echo(f"lgaf: {text}", err=True)
+    typer.echo(f"{out}: {files - len(bad)} images")
 
 
 def compare(
-    first: Annotated[
-        Path, typer.Argument(metavar="A", help="picture of an aligned face", show_default=False)
-    ],
-    second: Annotated[Path, typer.Argument(metavar="B", help="another", show_default=False)],
+    first: Annotated[Path, typer.Argument(metavar="A", help="image of an aligned face", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another image", show_default=False)],
     checkpoint: Annotated[Path, _CHECKPOINT],
     threshold: Annotated[
         float | None,
         typer.Option(
             min=-1,
             max=1,
-            help="similarity from which on both show one person; by default the run's own, if it has one",
+            help="lowest similarity of one person; by default the threshold of the run's evaluation, if any",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Say how similar two faces are, how good each picture is, and whether both show one person. Prints JSON.
+    """Print as JSON the similarity of two faces, each image's quality, and whether both show one person.
 
-    With flip test, like the evaluation that a run's threshold is from.
+    Both images are embedded with the flip test, as in the evaluation that set the run's threshold.
     """
     from trainer.evaluation import compare as comparing
     from trainer.inference import network as extraction

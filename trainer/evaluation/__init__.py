@@ -1,1 +1,1 @@
-"""Protocols that score embeddings."""
+"""Evaluation protocols, which compute scores from embeddings."""

@@ -1,4 +1,4 @@
-"""Two pictures compared: how similar, how good each is, and the similarity by which a run parts people."""
+"""Comparison of two images: their similarity, the quality of each, and the decision threshold of a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trainer.monitoring.metrics_log import read
 
 
 class Threshold(NamedTuple):
-    """The similarity from which on two pictures show one person, and who says so."""
+    """The lowest similarity at which two images are judged as one person, and the source of this value."""
 
     value: float
     source: str
 
 
 def compare(network: Network, first: Path, second: Path) -> tuple[float, list[float]]:
-    """Cosine similarity of two pictures, with flip test, and the quality of each.
+    """Return the cosine similarity of two images, with flip test, and the quality of each.
 
-    Raises DecodeError, naming the file, if one is no picture.
+    Raises DecodeError, naming the file, if one cannot be read as an image.
     """
     pictures = [read_picture(path, network.image_size) for path in (first, second)]
     columns = look(network.model, np.stack(pictures), flip=True)
@@ -31,13 +31,13 @@ def compare(network: Network, first: Path, second: Path) -> tuple[float, list[fl
 
 
 def known_threshold(checkpoint: Path, step: int) -> Threshold | None:
-    """The mean of the thresholds that the run's sets were judged by at `step`; None if it was not evaluated.
+    """Return the mean of the thresholds of the run's sets at `step`; None if `step` was not evaluated.
 
-    `checkpoint` is a run directory, or a checkpoint in one. What the run recorded is asked, not its
-    result.json, which knows the last step only.
+    checkpoint: a run directory, or a checkpoint in one. The thresholds are read from the run's records, since
+    its result.json holds only the last step.
     """
     if checkpoint.is_file():
-        return None  # a network alone may lie anywhere, in another run's folder too
+        return None  # a file with a network can be anywhere, even in another run's folder
     for run_dir in (checkpoint, checkpoint.resolve().parent.parent):
         records = [r for r in read(run_dir) if (r["kind"], r["step"]) == ("evaluation", step)]
         threshold_of = {record["set"]: record["threshold"] for record in records if "threshold" in record}

@@ -1,4 +1,4 @@
-"""What a run is evaluated on while it trains: the verification sets of its configuration, and its suite."""
+"""Evaluation of a run while it trains, on the verification sets of its configuration and on its suite."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from trainer.inference.embedder import Embedder
 
 
 class Evaluation:
-    """Sets by name and the suite, read when this is made. Raises ValueError for bad files or equal names.
+    """Verification sets by name, and a suite. Raises ValueError for invalid files or equal names.
 
-    `judged` holds what became of every pair of the sets when they were last looked at, and `results` the
-    scores of sets and suite; both on rank 0 only.
+    judged: the last evaluation's verification of every pair of the sets. results: its scores of sets and
+    suite. Both are filled on rank 0 only.
     """
 
-    def __init__(self, sets: dict[str, Path], suite: Path | None) -> None:
+    def __init__(self, sets: dict[str, Path], suite: Path | None, image_size: int, batch_size: int) -> None:
+        self.image_size, self.batch_size = image_size, batch_size
         self.sets = {name: PairVerification(path) for name, path in sets.items()}
         self.suite = Suite(settings.load(SuiteConfig, suite) if suite else SuiteConfig())
         self.judged: dict[str, VerificationResult] = {}
@@ -28,16 +29,16 @@ class Evaluation:
         if both:
             raise ValueError(
                 f"{suite}: expected other names than those of evaluation.sets, found {', '.join(both)}; "
-                "rename it there, or leave it out of evaluation.sets"
+                "rename it there, or remove it from evaluation.sets"
             )
 
     @property
     def names(self) -> list[str]:
-        """What there is to evaluate, the sets first."""
+        """Names of the sets, followed by those of the suite."""
         return [*self.sets, *self.suite.names]
 
     def run(self, embedder: Embedder) -> None:
-        """Evaluate sets and suite, all ranks together. If that is interrupted, the last results stay."""
+        """Evaluate sets and suite, all ranks together; if it is interrupted, the previous results remain."""
         judged = {}
         for name, pairs in self.sets.items():
             emb_ND = embedder.embed(pairs.faces)

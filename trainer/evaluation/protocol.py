@@ -1,12 +1,12 @@
-"""The seam between what embeds pictures and what judges embeddings.
+"""The interface between the code that embeds images and the protocols that score embeddings.
 
-    protocol = ...                              # reads its lists, never a pixel
+    protocol = ...                              # reads its lists, but no pixels
     emb_ND = embed(protocol.faces)              # one row per face, in this order
     for name, scores in protocol.score(emb_ND).items():
         print(name, scores.figures, scores.convention)
 
-A protocol knows which pictures it needs and what their embeddings say; it knows nothing of networks, ranks or
-files of results. Whatever it finds comes as `Scores`, so that tables, JSON and plots know one kind only.
+A protocol lists its images and scores their embeddings; it does not depend on networks, ranks or output
+files. All protocols return `Scores`, the only input of tables, JSON and plots.
 
 Shapes: N faces, D dimensions, R points of a curve, B bins.
 """
@@ -26,11 +26,11 @@ from trainer.evaluation.metrics.similarity import chunks
 
 
 class Face(NamedTuple):
-    """One picture of a protocol: its file, and where the five points of the face lie in it.
+    """One image of a protocol: its file and the five landmarks of the face.
 
-    `landmark_52` is float32, x and y in pixels: the eye on the picture's left, the other eye, the tip of the
-    nose, the corners of the mouth in the order of the eyes. None means that the picture is cropped already.
-    `encoded` is the picture itself where it lies inside another file; `path` is then only what to call it.
+    landmark_52: float32, x and y in pixels: the eye on the left of the image, the other eye, the tip of the
+    nose, the corners of the mouth in the order of the eyes; None if the image is cropped already.
+    encoded: the image's bytes if it is stored inside another file; `path` is then only a name for messages.
     """
 
     path: Path
@@ -39,9 +39,9 @@ class Face(NamedTuple):
 
 
 class Faces(Sequence[Face]):
-    """Faces as arrays; each `Face` is made when it is asked for, so that a million take tens of megabytes.
+    """Faces stored as arrays; each `Face` is created on access, so that a million need tens of megabytes.
 
-    `name_N` are the files' paths below `folder`, as bytes (dtype S); `landmark_N52` is float32.
+    name_N: paths of the files relative to `folder`, as bytes (dtype S). landmark_N52: float32.
     """
 
     def __init__(self, folder: Path, name_N: np.ndarray, landmark_N52: np.ndarray | None = None) -> None:
@@ -63,9 +63,9 @@ class Faces(Sequence[Face]):
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """How many genuine and impostor pairs, int64 [B] each, have a similarity in each bin.
+    """Numbers of genuine and impostor pairs, int64 [B] each, by their similarity.
 
-    `edge_B1` float64 [B + 1] rises; a bin holds its lower edge and not its upper, the last holds both.
+    edge_B1: float64 [B + 1], ascending; a bin includes its lower edge, and only the last its upper edge.
     """
 
     edge_B1: np.ndarray
@@ -75,10 +75,10 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Rejection:
-    """Error against the share of genuine pairs that were turned away for their quality.
+    """Error versus reject curve: the error rate as a function of the share of rejected genuine pairs.
 
-    `fnmr_R` is the false non-match rate, at the threshold that has a false match rate of `fmr` over all
-    impostor pairs, of the genuine pairs left when the share `rejected_R` of least quality has been rejected.
+    fnmr_R: the false non-match rate of the genuine pairs that remain after the share rejected_R of lowest
+    quality is rejected, at the threshold whose false match rate over all impostor pairs is `fmr`.
     P. Grother and E. Tabassi, Performance of biometric quality measures, IEEE PAMI 29(4), 2007.
     """
 
@@ -89,11 +89,11 @@ class Rejection:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a protocol found, in one of its conventions.
+    """The results of a protocol's task, under one convention.
 
-    `figures` are what tables and JSON show, rates from 0 to 1: "tar_at_far_0.0001", "rank_1", "map".
-    `convention` is one sentence: which of the published ways to count this is. `roc` is FAR and TAR,
-    [R] each, rising; `cmc` has curves by name, the rate of probes found at rank 1, 2, ... .
+    figures: rates from 0 to 1 for tables and JSON, by name: "tar_at_far_0.0001", "rank_1", "map".
+    convention: one sentence that names the published way of counting. roc: FAR and TAR, [R] each, ascending.
+    cmc: curves by name, the rate of probes identified at rank 1, 2, ... .
     """
 
     figures: dict[str, float]
@@ -104,35 +104,33 @@ class Scores:
     rejection: Rejection | None = None
 
 
-# Protocol -> task -> what was found.
+# Protocol -> task -> scores.
 Results = dict[str, dict[str, Scores]]
 
 
 class Protocol(ABC):
-    """Which faces, in the order of the data, and what their embeddings say."""
+    """An evaluation protocol: its faces, in the order of the data, and the scoring of their embeddings."""
 
     faces: Sequence[Face]
 
     @abstractmethod
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Scores by the name of the task ("1:1", "1:N") or of the convention.
+        """Return scores by the name of the task ("1:1", "1:N") or of the convention.
 
-        `emb_ND` is float32 [N, D], a row for each of `faces`: the sum of the embeddings of a face and of its
-        mirror image, not normalised, since its length is the quality. It may be a memory map; it is gone
-        through in chunks. Raises ValueError if a row has no direction, naming the picture.
+        emb_ND: float32 [N, D], one row for each of `faces`: the sum of the embeddings of the face and of its
+        mirror image, not normalised, because its norm is the quality. It can be a memory map, which is read
+        in chunks. Raises ValueError, naming the image, if a row is zero or non-finite.
         """
 
 
 class ProtocolFileError(ValueError):
-    """A file of a protocol that is missing, or holds what it should not."""
+    """A file of a protocol that is missing or has invalid content."""
 
 
 def check_embeddings(emb_ND: np.ndarray, faces: Sequence[Face]) -> None:
-    """Raises ValueError if there is not one row per face, or one is only zeros or holds NaN or infinity."""
+    """Raise ValueError unless there is one row per face and each is finite and not zero."""
     if emb_ND.ndim != 2 or len(emb_ND) != len(faces):
-        raise ValueError(
-            f"expected {len(faces)} embeddings, one for each picture, found shape {emb_ND.shape}"
-        )
+        raise ValueError(f"expected {len(faces)} embeddings, one for each image, found shape {emb_ND.shape}")
     for part in chunks(len(emb_ND)):
         peak_N = np.abs(emb_ND[part]).max(axis=1, initial=0.0)
         bad_N = np.flatnonzero(~np.isfinite(peak_N) | (peak_N == 0))
@@ -140,6 +138,6 @@ def check_embeddings(emb_ND: np.ndarray, faces: Sequence[Face]) -> None:
             found = "only zeros" if peak_N[bad_N[0]] == 0 else "NaN or infinity"
             path = faces[part.start + int(bad_N[0])].path
             raise ValueError(
-                f"{path}: expected an embedding with a direction, found {found}; "
+                f"{path}: expected a finite embedding other than zero, found {found}; "
                 "check that the network's weights are finite"
             )

@@ -1,10 +1,10 @@
-"""A suite of protocols: which they are, from a file; what they say of a network, all ranks together.
+"""A suite of protocols, configured in a file, and its evaluation on all ranks together.
 
     suite = Suite(settings.load(SuiteConfig, Path("configs/eval/standard.toml"), ["folder=/data"]))
     results = suite.evaluate(embedder)          # on rank 0; empty on the others
 
-Every protocol's lists are read at the beginning, so that a file that is missing is known before anything is
-embedded. Their pictures are embedded one protocol after the other; rank 0 then scores the embeddings.
+The constructor reads the lists of all protocols, so that a missing file is reported before the first image is
+embedded. The evaluation embeds one protocol after the other; rank 0 scores the embeddings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.evaluation.protocols.scface import SCFace
 from trainer.evaluation.protocols.tinyface import TinyFace
 from trainer.inference.embedder import Embedder
 
-# By the keys of SuiteConfig, in the order in which they are evaluated.
+# The protocols by their keys in SuiteConfig, in the order of evaluation.
 _KINDS: dict[str, Callable[[Path], Protocol]] = {
     "pairs": PairVerification,
     "tinyface": TinyFace,
@@ -35,29 +35,29 @@ _KINDS: dict[str, Callable[[Path], Protocol]] = {
 
 
 class ProtocolConfig(Strict):
-    """A protocol and where its files are."""
+    """A protocol and the path of its files."""
 
-    name: str = Field(min_length=1, description="how results call it")
-    path: Path = Field(description="its file or folder, below the suite's folder if relative")
+    name: str = Field(min_length=1, description="name in the results")
+    path: Path = Field(description="its file or folder; a relative path is below the suite's folder")
 
 
 class AverageConfig(Strict):
-    """The mean accuracy of some of the pair sets."""
+    """The mean accuracy of several verification files."""
 
-    name: str = Field(min_length=1, description="how results call it")
+    name: str = Field(min_length=1, description="name in the results")
     of: list[str] = Field(min_length=1, description="names of [[pairs]]")
 
 
 class SuiteConfig(Strict):
-    """Protocols of each kind, and where their files are."""
+    """The protocols of each kind, and the folder of their files."""
 
-    folder: Path = Field(Path("data/evaluation"), description="folder below which relative paths are")
+    folder: Path = Field(Path("data/evaluation"), description="base folder of relative paths")
     pairs: list[ProtocolConfig] = Field([], description="verification files (.bin)")
     average: list[AverageConfig] = Field([], description="mean accuracies of verification files")
     tinyface: list[ProtocolConfig] = Field([], description="TinyFace's Testing_Set")
     scface: list[ProtocolConfig] = Field([], description="SCFace's SCface_database")
-    ijb: list[ProtocolConfig] = Field([], description="IJB-B's or IJB-C's folder of loose_crop and meta")
-    megaface: list[ProtocolConfig] = Field([], description="MegaFace's folder of images and devkit")
+    ijb: list[ProtocolConfig] = Field([], description="IJB-B's or IJB-C's folder with loose_crop and meta")
+    megaface: list[ProtocolConfig] = Field([], description="MegaFace's folder with images and devkit")
 
     @model_validator(mode="after")
     def _names_are_known_and_different(self) -> SuiteConfig:
@@ -72,24 +72,24 @@ class SuiteConfig(Strict):
             if unknown:
                 raise ValueError(
                     f"average {average.name!r}: expected names of [[pairs]] ({', '.join(pairs)}), "
-                    f"found {', '.join(unknown)}"
+                    f"found {', '.join(unknown)}; correct the name"
                 )
         return self
 
     def of_kind(self, kind: str) -> list[ProtocolConfig]:
-        """The entries under one key."""
+        """Return the entries under one key."""
         entries: list[ProtocolConfig] = getattr(self, kind)
         return entries
 
 
 def suite_of_pairs(files: Sequence[Path]) -> SuiteConfig:
-    """Verification files alone, called by their names. Raises ValueError if two have one name."""
+    """Return a suite of verification files, named by the files. Raises ValueError if two names are equal."""
     pairs = [ProtocolConfig(name=name, path=path) for name, path in files_by_name(files).items()]
     return SuiteConfig(folder=Path(), pairs=pairs)
 
 
 class Suite:
-    """The protocols of a suite, ready to be evaluated. Raises ValueError for files that are no such data."""
+    """The protocols of a suite, ready for evaluation. Raises ValueError for missing or invalid files."""
 
     def __init__(self, config: SuiteConfig) -> None:
         self._averages = config.average
@@ -101,13 +101,13 @@ class Suite:
 
     @property
     def names(self) -> list[str]:
-        """How results call the protocols, in their order; averages last."""
+        """Names of the protocols in the results, in order; averages last."""
         return [*self._protocols, *(average.name for average in self._averages)]
 
     def evaluate(self, embedder: Embedder) -> Results:
-        """Every protocol's scores, on rank 0; all ranks call it together, and the others get nothing.
+        """Return every protocol's scores on rank 0, and an empty dictionary on the others.
 
-        Raises what `Embedder.embed` and `Protocol.score` raise.
+        All ranks call it together. Raises the errors of `Embedder.embed` and `Protocol.score`.
         """
         results: Results = {}
         for name, protocol in self._protocols.items():

@@ -1,10 +1,10 @@
-"""A face moved to where networks expect it, by five points.
+"""Alignment of a face by five landmarks.
 
     image_112 = aligned(image, landmark_52, 112, "folder/1.jpg")
 
-The similarity transform (rotation, one scale, shift; no reflection) that brings the points nearest to a
-template is found in closed form, and the picture is resampled through its inverse. Coordinates count from the
-middle of the top left pixel, as detectors and OpenCV give them.
+The similarity transform (rotation, uniform scale, translation; no reflection) that maps the landmarks to a
+template with the least squared error has a closed form. The image is resampled through its inverse. The
+origin of coordinates is the centre of the top left pixel, as in detectors and OpenCV.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-# Eyes, tip of the nose, corners of the mouth in a picture of 112 x 112, x and y: InsightFace's `arcface_dst`,
+# Eyes, tip of the nose, corners of the mouth in a 112 x 112 image, as x and y: InsightFace's `arcface_dst`,
 # python-package/insightface/utils/face_align.py in https://github.com/deepinsight/insightface .
 TEMPLATE_SIZE = 112
 TEMPLATE_52 = np.array(
@@ -21,17 +21,17 @@ TEMPLATE_52 = np.array(
 
 
 def aligned(image: Image.Image, landmark_52: np.ndarray, image_size: int, name: str) -> Image.Image:
-    """The face in a square of `image_size`; black where the picture has ended.
+    """Return the aligned face as a square of `image_size` pixels; pixels outside the image are black.
 
-    Bilinear and without a filter against aliasing, as the published training sets and results were made.
-    Raises ValueError, calling the picture `name`, if the points do not determine a transform.
+    Resampling is bilinear without antialiasing, as for the published training sets and results. Raises
+    ValueError, with `name` for the image, if the landmarks do not determine a transform.
     """
     try:
         forward_23 = similarity_transform(landmark_52, TEMPLATE_52 * (image_size / TEMPLATE_SIZE))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     linear_22 = np.linalg.inv(forward_23[:, :2])
-    # Pillow counts from the corner of the top left pixel, half a pixel further out.
+    # Pillow's origin is the corner of the top left pixel, half a pixel from its centre.
     shift_2 = 0.5 - linear_22 @ (forward_23[:, 2] + 0.5)
     return image.transform(
         (image_size, image_size),
@@ -42,11 +42,10 @@ def aligned(image: Image.Image, landmark_52: np.ndarray, image_size: int, name: 
 
 
 def similarity_transform(from_N2: np.ndarray, to_N2: np.ndarray) -> np.ndarray:
-    """Float64 [2, 3] that maps (x, y, 1) of `from_N2` next to `to_N2`, in the sense of least squares.
+    """Return the matrix, float64 [2, 3], that maps (x, y, 1) of `from_N2` to `to_N2` by least squares.
 
     S. Umeyama, Least-squares estimation of transformation parameters between two point patterns, IEEE PAMI
-    13(4), 1991, eq. 40 to 43. Raises ValueError if the points are not finite, or lie so that any rotation
-    would be as good.
+    13(4), 1991, eq. 40 to 43. Raises ValueError if points are non-finite or determine no rotation.
     """
     from_N2, to_N2 = np.asarray(from_N2, np.float64), np.asarray(to_N2, np.float64)
     mean_from_2, mean_to_2 = from_N2.mean(0), to_N2.mean(0)
@@ -55,12 +54,12 @@ def similarity_transform(from_N2: np.ndarray, to_N2: np.ndarray) -> np.ndarray:
     left_22, size_2, right_22 = np.linalg.svd(np.nan_to_num(to_N2.T @ from_N2))
     sign_2 = np.array([1.0, np.sign(np.linalg.det(left_22 @ right_22))])
     spread = float(size_2 @ sign_2)
-    # Of points that fit well, spread is near sqrt(variance * (to_N2 ** 2).sum()).
+    # For points that fit well, spread is near sqrt(variance * (to_N2 ** 2).sum()).
     if not np.isfinite(variance) or spread <= 1e-6 * np.sqrt(variance * (to_N2**2).sum()):
         points = np.round(from_N2 + mean_from_2, 2).tolist()
         raise ValueError(
-            f"expected the five points of a face, found {points}, which determine no rotation and scale; "
-            "correct them, or leave the picture out"
+            f"expected the five landmarks of a face, found {points}, which determine no rotation and scale; "
+            "correct them, or remove the image"
         )
     linear_22 = spread / variance * (left_22 * sign_2) @ right_22
     return np.column_stack([linear_22, mean_to_2 - linear_22 @ mean_from_2])

@@ -1,14 +1,14 @@
-"""Pictures in, what a network sees in them out: any number of them, into a file.
+"""Embeddings of any number of image files, written to one file.
 
-    find_files   files and folders -> all files in them, in an order that stays
-    _load        threads: file -> upright RGB picture of the network's size, or why it is none
-    look         images_BCHW -> embedding and qualities, of the pictures or of them and their mirror images
-    embed        a batch after the other, into a file
+    find_files   files and folders -> all files in them, in a fixed order
+    _load        in threads: file -> upright RGB image of the network's size, or the reason for its failure
+    look         images -> embeddings and qualities, with or without the mirror images
+    embed        one batch after the other -> the output file
 
-The faces are aligned already, as those that the network was trained on. Pictures of another size are resized.
-A file that is no picture costs a row, not the work of a night.
+The faces must be aligned like those of the training set. Images of another size are resized. A file that
+cannot be read as an image gets a row with the error, and does not end the run.
 
-Shapes: B pictures of a batch, N of all; D the embedding's length; K branches.
+Shapes: B images of a batch, N of all; D the embedding's dimensions; K branches.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ Report = Callable[[int, int], None]
 
 
 class Embedded(NamedTuple):
-    """How many files were looked at, and the path and the fault of each that is no picture."""
+    """The number of files, and the path and error of each that could not be read as an image."""
 
     files: int
     bad: list[tuple[str, str]]
 
 
 def find_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """All files under `paths`, in their order, those of a folder in natural order (s2 before s10).
+    """Yield all files under `paths`, in their order; those of a folder in natural order (s2 before s10).
 
-    What begins with a dot is left out, but for `paths` themselves. Raises FileNotFoundError for a path that
-    is not there.
+    Names that begin with a dot are skipped, except `paths` themselves. Raises FileNotFoundError for a missing
+    path.
     """
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path}: expected a picture or a folder of pictures, found nothing")
+            raise FileNotFoundError(f"{path}: expected an image or a folder of images, found no such path")
         yield from _files_in(path)
 
 
 def _files_in(path: Path) -> Iterator[Path]:
     if not path.is_dir():
-        yield path  # a link that leads nowhere too, which is an error of its own row
+        yield path  # broken links too: each gets a row with its error
         return
     for inner in listed(path):
         yield from _files_in(inner)
@@ -71,9 +71,10 @@ def embed(
     facts: dict[str, str],
     report: Report,
 ) -> Embedded:
-    """Write a row for each file under `paths` to `out`; `report` is told how many are done, and of how many.
+    """Write a row for each file under `paths` to `out`.
 
-    `facts` are written along. Raises ValueError if no file is a picture, or for a name that is no format's.
+    facts: values that apply to all rows, also written. report: called with the numbers of files done and of
+    all files. Raises ValueError if no file can be read as an image, or if `out` has an unknown suffix.
     """
     open_file, files = opener(out), list(find_files(paths))
     facts = {
@@ -93,15 +94,17 @@ def embed(
             report(done, len(files))
         if len(bad) == len(files):
             first = f"; the first: {': '.join(bad[0])}" if bad else ""
-            raise ValueError(f"expected pictures, found {len(files)} files and none that is one{first}")
+            raise ValueError(
+                f"expected images, found {len(files)} files of which none could be read as an image{first}"
+            )
         file.close()
     return Embedded(len(files), bad)
 
 
 def look(model: Backbone, images_BHWC: np.ndarray, *, flip: bool) -> Columns:
-    """What the network sees in pictures uint8 [B, S, S, 3]: the columns of `embedding_file` but for two.
+    """Return the columns of `embedding_file`, except path and error, for images uint8 [B, S, S, 3].
 
-    With `flip`, all is the mean over a picture and its mirror image.
+    With `flip`, each value is the mean over an image and its mirror image.
     """
     images_BCHW = to_network(images_BHWC, next(model.parameters()).device)
     views = [images_BCHW, images_BCHW.flip(3)] if flip else [images_BCHW]
@@ -125,9 +128,9 @@ def _seen(model: Backbone, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def read_picture(path: Path, image_size: int) -> np.ndarray:
-    """The picture in a file, upright as its EXIF data say, uint8 [S, S, 3] with S = `image_size`.
+    """Read the image in a file, upright by its EXIF data, as uint8 [S, S, 3] with S = `image_size`.
 
-    Raises DecodeError, naming the file, if it cannot be read or is no picture of a usual size.
+    Raises DecodeError, naming the file, if it cannot be read as an image or its size is out of range.
     """
     image = open_picture(path)
     reason = wrong_size(*image.size)
@@ -152,7 +155,7 @@ def _rows(network: Network, files: list[Path], batch_size: int, flip: bool) -> I
 
 
 def _load(path: Path, image_size: int) -> tuple[np.ndarray, str]:
-    """The picture and no error, or a black one and why it is none."""
+    """Return the image and an empty error, or a black image and the error."""
     try:
         return read_picture(path, image_size), ""
     except DecodeError as error:
@@ -160,5 +163,5 @@ def _load(path: Path, image_size: int) -> tuple[np.ndarray, str]:
 
 
 def _text(path: Path) -> str:
-    """A path as text; bytes of its name that are no UTF-8 as \\udc.. escapes, which every format can hold."""
+    """Return a path as text; bytes that are not UTF-8 become \\udc.. escapes, which all formats can store."""
     return str(path).encode("utf-8", "backslashreplace").decode()

@@ -1,12 +1,12 @@
-"""Embeddings of any list of faces, by all ranks together, in the order of the list.
+"""Embeddings of any list of faces, computed by all ranks together, in the order of the list.
 
-    each rank   takes an equal, contiguous part; threads read and align its pictures a few batches ahead
-    network     embeds a batch as it is and mirrored; both embeddings are added (flip test)
-    gather      now and then, what every rank has goes to rank 0, into one array; here the ranks also agree
-                whether one of them was told to stop
+    load        each rank takes an equal, contiguous part; threads read and align its images ahead
+    network     embeds each batch and its mirror images, and adds both embeddings (flip test)
+    gather      every few batches, rank 0 gathers all embeddings into one array, and the ranks agree whether
+                one of them has received a signal to stop
 
-No rank ever holds more pictures than a few batches, and only rank 0 holds embeddings, in a temporary file
-once they are many. The result does not depend on the number of ranks.
+Each rank holds only a few batches of images. Only rank 0 holds embeddings, in a temporary file if they are
+large. The result does not depend on the number of ranks.
 
 Shapes: N faces, D dimensions, B images of a batch.
 """
@@ -30,14 +30,14 @@ from trainer.inference.images import ahead, open_picture, resized, to_network
 from trainer.runtime.ranks import Ranks
 
 Network = Callable[[torch.Tensor], torch.Tensor]
-# Batches from one gather to the next: a second or so of a GPU, and megabytes of embeddings.
+# Batches from one gather to the next: about a second of a GPU's time, and megabytes of embeddings.
 _GATHER_EVERY = 8
-# Larger arrays are kept in a file, which the system may take out of memory.
+# Larger arrays are memory-mapped from a file, whose pages the system can evict.
 _MOST_IN_MEMORY = 1 << 28
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A rank was told to stop by signal `number`; raised on all ranks alike."""
+    """A rank has received signal `number`; raised on all ranks."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -46,11 +46,10 @@ class Interrupted(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Embedder:
-    """A network on all ranks, ready to embed faces.
+    """A network on all ranks that embeds faces.
 
-    `network` maps images_BCHW on the ranks' device to float32 [B, D]. `signal` is the number of the signal
-    that told this rank to stop, 0 as long as none has. `progress` is told now and then how many faces of how
-    many are done.
+    network: maps images_BCHW on the ranks' device to float32 [B, D]. signal: returns the signal that this
+    rank has received, 0 if none. progress: called with the numbers of faces done and of all faces.
     """
 
     network: Network
@@ -61,12 +60,13 @@ class Embedder:
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def embed(self, faces: Sequence[Face]) -> np.ndarray | None:
-        """Embeddings float32 [N, D] of one face or more, not normalised, on rank 0; None on the others.
+        """Return embeddings float32 [N, D] of N >= 1 faces, not normalised, on rank 0; None on other ranks.
 
-        All ranks call it together, and their networks equally often. Raises DecodeError on a rank that finds
-        a picture that cannot be read, ValueError for points that no face has, and Interrupted on all ranks.
+        All ranks call it together, and all call `network` equally often. Raises DecodeError on a rank whose
+        image cannot be read, ValueError for landmarks that determine no transform, and Interrupted on all
+        ranks.
         """
-        # Equal parts; the last rank may embed the last face more than once, which is cut off again.
+        # Equal parts: the last ranks can embed the last face several times, and the extra rows are dropped.
         part = -(-len(faces) // self.ranks.world_size)
         start = part * self.ranks.rank
         mine = (faces[min(i, len(faces) - 1)] for i in range(start, start + part))
@@ -91,14 +91,17 @@ class Embedder:
             yield self.network(images_BCHW) + self.network(images_BCHW.flip(3))
 
     def _pixels(self, face: Face) -> np.ndarray:
-        """The face uint8 [H, W, 3], cropped by its five points or, without them, as it is."""
+        """Return the face as uint8 [S, S, 3], aligned by its landmarks, or resized if it has none."""
         image = open_picture(face.path, face.encoded)
         if face.landmark_52 is None:
             return np.asarray(resized(image, self.image_size))
         return np.asarray(aligned(image, face.landmark_52, self.image_size, str(face.path)))
 
     def _gather(self, emb_BD: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's rows, on rank 0. By host memory: there a rank that fails wakes the others."""
+        """Return the rows of every rank, on rank 0.
+
+        The collectives use host memory (gloo), where a failed rank interrupts the others.
+        """
         signal = torch.tensor(self.signal())
         dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self.ranks.group)
         if signal:
@@ -112,13 +115,13 @@ class Embedder:
 def _array(rows: int, columns: int) -> np.ndarray:
     if 4 * rows * columns <= _MOST_IN_MEMORY:
         return np.empty((rows, columns), np.float32)
-    file = tempfile.TemporaryFile()  # without a name, so that it goes with the array
+    file = tempfile.TemporaryFile()  # without a name, so that it is removed with the array
     try:
-        # Room is taken now: writing to a map of a file that finds none ends the process without a word.
+        # Allocated now: on a full disk, a write to a memory-mapped file would kill the process by SIGBUS.
         os.posix_fallocate(file.fileno(), 0, 4 * rows * columns)
     except OSError as error:
         raise OSError(
-            f"{tempfile.gettempdir()}: expected room for {4e-9 * rows * columns:.1f} GB of embeddings, "
-            f"found too little ({error.strerror}); let TMPDIR name a folder on a larger disk"
+            f"{tempfile.gettempdir()}: expected {4e-9 * rows * columns:.1f} GB of free space for embeddings, "
+            f"found less ({error.strerror}); set TMPDIR to a folder on a larger disk"
         ) from error
     return np.memmap(file, np.float32, "r+", shape=(rows, columns))

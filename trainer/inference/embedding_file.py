@@ -1,16 +1,17 @@
-"""Embeddings of pictures as a file: .npz for NumPy, .parquet for everything else. Both hold the same columns.
+"""Embeddings of images as a file: .npz for NumPy, .parquet for other programs. Both hold the same columns.
 
-    path            the picture's file
-    embedding       float32 [D]: its direction says who
-    quality         float32: the embedding's length
+    path            the image file
+    embedding       float32 [D]: its direction represents the identity
+    quality         float32: the norm of the embedding
     branch_norm, branch_quality, branch_weight
-                    float32 [K] each, of a network with branches: the norm of each branch's feature, the same
-                    standardised, and the attention that it got
-    error           text: why the file is no picture, empty where it is one; the row's numbers are NaN then
+                    float32 [K] each, for a network with branches: the norm of each branch's feature, the
+                    standardised norm, and the attention weight
+    error           text: the reason why the file could not be read as an image, else empty; with an error,
+                    the row's numbers are NaN
 
-An .npz is collected in memory, 2 GB for a million pictures with 512 numbers and twice that while it is
-written; a .parquet is written as the rows come. What holds for all rows stands in arrays without dimension,
-or in the schema's metadata.
+An .npz is collected in memory: 2 GB for a million embeddings of 512 dimensions, and twice that while it is
+written. A .parquet is written incrementally. Values that apply to all rows are arrays without dimensions, or
+the schema's metadata.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ import numpy as np
 
 from trainer.inference.optional_import import require
 
-# A few MB at a time, as readers like it.
+# Groups of a few MB, a size that suits readers.
 _GROUP_ROWS = 8192
 
 Columns = dict[str, np.ndarray]
 
 
 class EmbeddingFile(Protocol):
-    """Takes rows in the order in which they are to stand, the same columns each time."""
+    """A file to which rows are appended in order, each time with the same columns."""
 
     def write(self, columns: Columns) -> None:
-        """Add rows, one or more."""
+        """Append one or more rows."""
 
     def close(self) -> None:
-        """Write what is left; to be called after all rows."""
+        """Write the remaining rows; call it after the last `write`."""
 
 
 def opener(out: Path) -> Callable[[Path, dict[str, str]], EmbeddingFile]:
-    """What makes a file as `out` is called, given its path and what holds for all rows.
+    """Return the constructor for the suffix of `out`; it takes the path and values that apply to all rows.
 
     Raises ValueError for an unknown suffix or a missing package.
     """
@@ -53,7 +54,7 @@ def opener(out: Path) -> Callable[[Path, dict[str, str]], EmbeddingFile]:
 
 
 class Npz:
-    """All rows in one .npz, which is written when it is closed."""
+    """An .npz file, written when it is closed."""
 
     def __init__(self, out: Path, facts: dict[str, str]) -> None:
         self._out, self._facts = out, facts
@@ -72,7 +73,7 @@ class Npz:
 
 
 class Parquet:
-    """One row per picture, written in groups."""
+    """A .parquet file with one row per image, written in row groups."""
 
     def __init__(self, out: Path, facts: dict[str, str]) -> None:
         self._arrow, self._parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
@@ -81,14 +82,14 @@ class Parquet:
         self._waiting: list[Any] = []
 
     def write(self, columns: Columns) -> None:
-        """Keep the rows, and write a group once it is full."""
+        """Keep the rows, and write a row group once it is full."""
         table = self._arrow.table({name: self._column(values) for name, values in columns.items()})
         self._waiting.append(table.replace_schema_metadata(self._facts))
         if sum(map(len, self._waiting)) >= _GROUP_ROWS:
             self._flush()
 
     def close(self) -> None:
-        """Write the last group and the end of the file."""
+        """Write the last row group and the footer."""
         if self._waiting:
             self._flush()
         self._writer.close()

@@ -1,13 +1,13 @@
-"""A trained network as a file for other programs; the suffix says which kind.
+"""Export of a trained network for other programs; the suffix selects the format.
 
-    .safetensors    weights and configuration, read by
-                    `trainer.inference.network.load_backbone` and by any language
+    .safetensors    weights and configuration, for
+                    `trainer.inference.network.load_backbone` and for any language
     .onnx           the graph from images to embeddings, for onnxruntime, TensorRT, OpenVINO...
     .pt2            the same graph for torch alone (`torch.export.load`), without this project
 
-Graphs take any number of images at once. What was written is read back and run, by onnxruntime where it is
-installed, on a few random images beside the network itself; a file that says something else never gets its
-name. What an image must look like stands in each file's metadata (`Network.facts`).
+Graphs take batches of any size. Each file is read back and run on a few random images, with onnxruntime if it
+is installed; it gets its final name only if its embeddings equal the network's. Its metadata describe the
+input (`Network.facts`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from trainer.backbones import Backbone
 from trainer.inference.network import SAFETENSORS, Network, load_backbone, write_safetensors
 from trainer.inference.optional_import import require
 
-# Most that an entry of an embedding may be off, as a share of the embedding's length. Float32 summed in
-# another order is off by about 1e-6; an operator that was translated wrongly by far more than this.
+# The largest tolerated error of an embedding's entry, relative to the embedding's norm. Another order of
+# float32 sums causes about 1e-6; a wrongly translated operator far more than this tolerance.
 TOLERANCE = 1e-4
-# Different from the number with which a graph is traced, so that one which kept that number is found out.
+# Batch sizes of tracing and checking. They differ, so that the check detects a graph with a fixed batch size.
 _TRACED, _CHECKED = 2, 3
 _FACTS_FILE = "lgaf.json"
 
@@ -42,7 +42,7 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Format(NamedTuple):
-    """How a network is written to a file, and how the file's own reader embeds images [B, 3, S, S] by it."""
+    """A file format: required packages, a writer, and a reader that returns an embedding function or None."""
 
     packages: tuple[str, ...]
     write: Callable[[Network, Path], None]
@@ -50,12 +50,12 @@ class Format(NamedTuple):
 
 
 def export(network: Network, out: Path) -> float | None:
-    """Write a network, which is moved to the CPU, to the file `out`.
+    """Move a network to the CPU and write it to the file `out`.
 
-    Returns the largest difference between an embedding by the file and by the network, as a share of the
-    embedding's length; None if there is no onnxruntime to run the file.
+    Return the largest difference between embeddings of the file and of the network, relative to the
+    embedding's norm; None if onnxruntime, which would run the file, is not installed.
 
-    Raises ValueError as `format_of` does, or if a file embeds differently.
+    Raises ValueError as `format_of` does, or if the file's embeddings differ from the network's.
     """
     form = format_of(out)
     network.model.cpu()
@@ -65,7 +65,7 @@ def export(network: Network, out: Path) -> float | None:
 
 
 def format_of(out: Path) -> Format:
-    """The format of a file by its suffix. Raises ValueError if it is none, or needs a missing package."""
+    """Return the format of a suffix. Raises ValueError if it is unknown or needs a missing package."""
     form = FORMATS.get(out.suffix)
     if form is None:
         raise ValueError(f"{out}: expected a name that ends in {', '.join(FORMATS)}, found {out.suffix!r}")
@@ -83,28 +83,29 @@ def _difference(network: Network, embed: Embed | None, out: Path) -> float | Non
     expected_BD = network.model(images_BCHW).emb_BD
     if not expected_BD.isfinite().all():
         raise ValueError(
-            f"{out}: expected finite embeddings of the network itself, found NaN or infinity; not written. "
-            "Its training has diverged: use an earlier checkpoint"
+            f"{out}: expected finite embeddings of the network itself, found NaN or infinity; the file was "
+            "not written. The training has diverged: use an earlier checkpoint"
         )
     length_B1 = expected_BD.norm(dim=1, keepdim=True)
     difference = ((embed(images_BCHW) - expected_BD) / length_B1).abs().max().item()
     if not difference <= TOLERANCE:  # NaN as well
         raise ValueError(
             f"{out}: expected the embeddings of the network, found some that differ by {difference:.1e} of "
-            f"their length, more than {TOLERANCE:g}; not written. Try other versions of torch and onnx"
+            f"their norm, which exceeds {TOLERANCE:g}; the file was not written. Try other versions of torch "
+            "and onnx"
         )
     return difference
 
 
 class _Embedding(nn.Module):
-    """Images in, the embedding alone out."""
+    """A network whose only output is the embedding."""
 
     def __init__(self, model: Backbone) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """The embedding [B, D] of images [B, 3, S, S]."""
+        """Return the embeddings [B, D] of images [B, 3, S, S]."""
         return self.model(images).emb_BD
 
 
@@ -142,14 +143,14 @@ def _write_onnx(network: Network, out: Path) -> None:
         )
     assert program is not None
     program.model.metadata_props.update(network.facts())
-    program.save(out, external_data=False)  # one file, which may have up to 2 GiB
+    program.save(out, external_data=False)  # one file of at most 2 GiB
 
 
 def _read_onnx(path: Path) -> Embed | None:
     if find_spec("onnxruntime") is None:
         return None
     onnxruntime = require("onnxruntime", "dev")
-    # It would keep an identity of this machine in the home folder, and warns where that cannot be written.
+    # Telemetry would store an ID of this machine in the home folder, and warn if it cannot be written.
     onnxruntime.disable_telemetry_events()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images_BCHW: torch.from_numpy(session.run(None, {"images": images_BCHW.numpy()})[0])
@@ -157,7 +158,7 @@ def _read_onnx(path: Path) -> Embed | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns of its own old ways and of packages that nothing here uses."""
+    """Suppress the exporter's warnings of torch's own deprecated calls and of packages not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

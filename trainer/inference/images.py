@@ -1,9 +1,9 @@
-"""Pictures on their way to a trained network: read and decoded by threads while the network computes.
+"""Images for a trained network, read and decoded by threads while the network computes.
 
     for faces in ahead(load, paths, batch_size=64, threads=8):   # load(path) -> uint8 [H, W, 3]
         features = network(to_network(np.stack(faces), device))
 
-By Pillow, so that they are the same pixels whatever device the network is on. Training decodes with DALI.
+Pillow decodes them to the same pixels for every device. Training decodes with DALI.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from data_pipeline.common.pillow_decode import DecodeError, decoded
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Enough that the threads always have work, and few enough that pictures take no memory to speak of.
+# Enough to keep the threads busy, and few enough to need little memory.
 _BATCHES_AHEAD = 2
 
 
 def open_picture(path: Path, encoded: bytes | None = None) -> Image.Image:
-    """The picture in a file, or in the bytes `encoded` that `path` is the name of: RGB, upright as EXIF says.
+    """Decode the image in a file, or in `encoded` if it is given, to RGB, upright by its EXIF data.
 
-    Raises DecodeError, naming the path, if there is none that can be decoded.
+    Raises DecodeError, naming `path`, if it cannot be decoded.
     """
     if encoded is None:
         try:
             encoded = path.read_bytes()
         except OSError as error:
             raise DecodeError(str(path), error.strerror or str(error)) from error
-    # DALI, which training decodes with, turns pictures too, and so does OpenCV, with which points were found.
+    # DALI (for training) and OpenCV (for landmarks) apply the EXIF orientation too.
     return ImageOps.exif_transpose(decoded(np.frombuffer(encoded, np.uint8), str(path))).convert("RGB")
 
 
 def resized(image: Image.Image, size: int) -> Image.Image:
-    """The picture as a square of `size` pixels, as training resizes: bilinear, antialiased when shrunk."""
+    """Resize an image to a square of `size` pixels as training does: bilinear, antialiased when shrunk."""
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def to_network(images_BHWC: np.ndarray, device: torch.device) -> torch.Tensor:
-    """What networks take, float32 [B, 3, H, W] in [-1, 1], of pictures uint8 [B, H, W, 3] in RGB."""
+    """Convert RGB images uint8 [B, H, W, 3] to a network's input, float32 [B, 3, H, W] in [-1, 1]."""
     images = torch.from_numpy(images_BHWC).to(device).permute(0, 3, 1, 2)
     return images.float().sub_(127.5).div_(127.5).contiguous()
 
 
 def ahead(load: Callable[[T], R], items: Iterable[T], *, batch_size: int, threads: int) -> Iterator[list[R]]:
-    """`load` of all items in order, `batch_size` at a time (the last batch may be smaller).
+    """Yield `load(item)` of all items in order, in batches of `batch_size` (the last one can be smaller).
 
-    Threads keep two batches ready. What `load` raises comes out when its batch is asked for, and ends it.
+    Threads keep two batches ready. An error of `load` is raised at its batch and ends the iteration.
     """
     remaining = iter(items)
     pool = ThreadPoolExecutor(threads)

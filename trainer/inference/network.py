@@ -1,11 +1,11 @@
-"""The network by itself: found in a run, a checkpoint or a file, and written to a file of its own.
+"""A trained network, loaded from a run, a checkpoint or a file, and written to a file of its own.
 
     .pt             {"backbone": its configuration, "image_size": pixels, "step": n, "state": for
                     load_state_dict}: plain values and tensors, for `torch.load(file, weights_only=True)`
-    .safetensors    the tensors of that state; the other three as texts in the metadata, with what an image
-                    must be
+    .safetensors    the tensors of that state; the other three as texts in the metadata, with a description
+                    of the input
 
-Nothing of such a file is run: neither is read by a pickle that knows more than tensors.
+No code in these files is executed: a .pt file is unpickled to plain values and tensors only.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from trainer.backbones import Backbone, BackboneConfig
 from trainer.checkpoint import directory as checkpoint_files
 from trainer.checkpoint import sharded as checkpoint
 from trainer.checkpoint.checksummed_file import naming_the_cause
-from trainer.config import EngineConfig, RunConfig
+from trainer.config import EngineConfig
 from trainer.inference.optional_import import require
 from trainer.runtime.ranks import Ranks, join
+from trainer.saved_config import from_saved, translated_backbone
 
 SAFETENSORS = ".safetensors"
 
@@ -32,7 +33,7 @@ SAFETENSORS = ".safetensors"
 class Network(NamedTuple):
     """A trained network in evaluation mode, its configuration, and the step at which it was saved.
 
-    `engine` says how the run computed; a file of the network alone does not tell, and has the defaults.
+    engine: the run's engine configuration; the default for a network that was read from a file.
     """
 
     model: Backbone
@@ -42,7 +43,7 @@ class Network(NamedTuple):
     engine: EngineConfig = EngineConfig()
 
     def facts(self) -> dict[str, str]:
-        """What a user of the bare weights or of the graph must know, as texts for a file's metadata."""
+        """Return a description of the network, its input and its output, as texts for a file's metadata."""
         return {
             "backbone": self.config.model_dump_json(),
             "image_size": str(self.image_size),
@@ -50,14 +51,14 @@ class Network(NamedTuple):
             "input": f"float32 [batch, 3, {self.image_size}, {self.image_size}], colours RGB, "
             "values (pixel - 127.5) / 127.5 in [-1, 1], faces aligned as in training",
             "output": f"float32 [batch, {self.config.embedding_size}], the embedding: compare directions "
-            "(cosine similarity); its length tells how good the picture is",
+            "(cosine similarity); the norm measures the quality of the image",
         }
 
 
 def network_of(path: Path, ranks: Ranks) -> Network:
-    """The network of a checkpoint, of a run's newest whole one, or in a file; on the device of each rank.
+    """Load a network from a checkpoint, a run's newest intact checkpoint or a file, to each rank's device.
 
-    Raises CheckpointError if there is none or it is damaged, ValueError for a file that holds no network.
+    Raises CheckpointError if the checkpoint is missing or damaged, ValueError for a file without a network.
     """
     if path.is_file():
         network = read_network(path)
@@ -65,32 +66,34 @@ def network_of(path: Path, ranks: Ranks) -> Network:
         return network
     found = checkpoint.locate(path, group=ranks.group)
     header = checkpoint_files.read_manifest(found).header
-    config = RunConfig.model_validate(header.config)
+    config = from_saved(header.config)
     model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
     checkpoint.load(found, checkpoint.backbone_state(model), group=ranks.group)
     return Network(model, config.backbone, config.data.image_size, header.step, config.engine)
 
 
 def network_alone(path: Path) -> Network:
-    """The same for a process that works alone; on the GPU if there is one.
+    """Load a network as `network_of` does, in a single process; on the GPU if there is one.
 
-    A failure is printed and ends the process with exit code 1.
+    An error is printed and ends the process with exit code 1.
     """
     with join() as ranks:
         if ranks.world_size > 1:
-            raise ValueError(f"this is done by one process alone, found {ranks.world_size}; start it as one")
+            raise ValueError(
+                f"expected a single process, found {ranks.world_size}; start the command without a launcher"
+            )
         return network_of(path, ranks)
 
 
 def write_pt(network: Network, out: Path) -> None:
-    """Write a network, which is moved to the CPU, as .pt, whatever `out` is called."""
+    """Move a network to the CPU and write it as .pt, whatever the suffix of `out`."""
     content = {
         "backbone": network.config.model_dump(mode="json"),
         "image_size": network.image_size,
         "step": network.step,
         "state": network.model.cpu().state_dict(),
     }
-    # A file of Python's: torch's own does not say why it cannot be written.
+    # A Python file: torch's own file writer does not report why a write failed.
     with staged_file(out) as partial, open(partial, "wb") as file, naming_the_cause():
         torch.save(content, file)
 
@@ -98,20 +101,21 @@ def write_pt(network: Network, out: Path) -> None:
 def write_safetensors(network: Network, out: Path) -> None:
     """Write a network as .safetensors. Raises ValueError if the package is missing."""
     state = {name: tensor.contiguous() for name, tensor in network.model.state_dict().items()}
-    # Not by its save_file, which lets nobody else read the file.
+    # Not with its save_file, which creates a file that other users cannot read.
     out.write_bytes(require("safetensors.torch", "export").save(state, network.facts()))
 
 
 def load_backbone(file: Path) -> Backbone:
-    """The network in a file, in evaluation mode. Raises ValueError if the file holds none."""
+    """Read the network in a file, in evaluation mode. Raises ValueError if the file holds none."""
     return read_network(file).model
 
 
 def read_network(file: Path) -> Network:
-    """The network in a .pt or .safetensors file, on the CPU. Raises ValueError if the file holds none."""
+    """Read the network in a .pt or .safetensors file to the CPU. Raises ValueError if the file holds none."""
     content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_pt(file)
     try:
-        config, image_size = BackboneConfig.model_validate(content["backbone"]), int(content["image_size"])
+        config = backbones.parse(translated_backbone(content["backbone"]))
+        image_size = int(content["image_size"])
         model = backbones.build(config, image_size)
         model.load_state_dict(content["state"])
         return Network(model.eval(), config, image_size, int(content["step"]))
@@ -141,6 +145,6 @@ def _no_network(file: Path, error: Exception) -> ValueError:
     text = f"no {error}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
     found = text or type(error).__name__
     return ValueError(
-        f"{file}: expected a network as `lgaf checkpoint extract` or `lgaf export --out FILE{SAFETENSORS}` "
-        f"write it, found: {found}"
+        f"{file}: expected a network that `lgaf checkpoint extract` or `lgaf export --out FILE{SAFETENSORS}` "
+        f"wrote, found: {found}"
     )

@@ -1,4 +1,4 @@
-"""Packages that only some commands need: the extras of pyproject.toml bring them."""
+"""Imports of packages that only some commands need and that the extras in pyproject.toml install."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def require(name: str, extra: str) -> Any:
-    """The module `name`. Raises ValueError, which says what to install, if its package is missing."""
+    """Import the module `name`. Raises ValueError, with the extra to install, if its package is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"this needs the package {name.partition('.')[0]}, which cannot be imported ({error}); "
+            f"this command needs the package {name.partition('.')[0]}, which cannot be imported ({error}); "
             f"install the extra `{extra}`: pip install -e '.[{extra}]'"
         ) from error

@@ -1,10 +1,10 @@
-"""Charts as HTML with inline SVG, for pages that load nothing and run nothing.
+"""Charts as HTML with inline SVG, for pages without scripts and external content.
 
     chart("Loss", [Line(step_N, loss_N, name="loss")], x=Axis.tight(step_N), y=Axis.round(loss_N))
 
-The drawing is stretched to whatever width the page has, while strokes and text keep their size: lines do not
-scale, and labels are HTML placed in percent. Colours are the custom properties --c0, --c1, ..., --muted and
---line of the page. Curves of any length are cheap: points that would fall on one spot are drawn once.
+The drawing stretches with the width of the page, while strokes and text keep their size: strokes do not
+scale, and labels are HTML placed in percent. Colours are the page's custom properties --c0, --c1, ...,
+--muted and --line. Consecutive points at the same spot are drawn once, so that long curves stay small.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 Values = Sequence[float] | np.ndarray
 
 COLOURS = 6
-# The drawing's own coordinates: points closer than one unit of 1000 are the same spot.
+# The extent of the drawing's coordinates, which are rounded to whole units.
 _SIZE = 1000
 _STEPS = (1, 2, 2.5, 5, 10)
 
 
 def plain(value: float) -> str:
-    """A number as tick and label: 0.05, 12, 1,500, 25k, 3M."""
+    """Format a number for ticks and labels: 0.05, 12, 1,500, 25k, 3M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.6g}{letter}"
@@ -33,18 +33,18 @@ def plain(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A part of 1 as tick: 12.5 %."""
+    """Format a fraction for ticks: 12.5 %."""
     return f"{100 * value:.6g} %"
 
 
 def power_of_ten(value: float) -> str:
-    """A tick of a logarithmic axis."""
+    """Format a tick of a logarithmic axis."""
     return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What lies between both ends of a chart, and where it is marked."""
+    """The range of values of an axis, and its ticks."""
 
     low: float
     high: float
@@ -54,7 +54,7 @@ class Axis:
 
     @classmethod
     def tight(cls, value_N: Values, text: Callable[[float], str] = plain) -> Axis:
-        """From the least to the greatest of the values."""
+        """Return an axis from the lowest to the highest value."""
         low, high = float(min(value_N)), float(max(value_N))
         if low == high:
             return cls.round(value_N, text)
@@ -63,23 +63,23 @@ class Axis:
 
     @classmethod
     def round(cls, value_N: Values, text: Callable[[float], str] = plain, ticks: int = 4) -> Axis:
-        """From the tick at or below the least of the values to that at or above the greatest."""
+        """Return an axis from the tick at or below the lowest value to the tick at or above the highest."""
         low, high = float(min(value_N)), float(max(value_N))
         if high - low <= 1e-9 * max(abs(low), abs(high)):
             low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
         step = _step(high - low, ticks)
-        # A value that is a multiple but for its last digit needs no tick beyond it.
+        # The tolerance prevents an extra tick for a value that is a multiple up to rounding.
         marks = _multiples(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9), step)
         return cls(marks[0], marks[-1], marks, text)
 
     @classmethod
     def decades(cls, low: float) -> Axis:
-        """Logarithmic from `low` to 1, marked at powers of ten."""
+        """Return a logarithmic axis from `low` to 1, with ticks at powers of ten."""
         ticks = [10.0**exponent for exponent in range(math.ceil(math.log10(low)), 1)]
         return cls(low, 1.0, ticks, power_of_ten, log=True)
 
     def at(self, value_N: Values) -> np.ndarray:
-        """Places [N] from 0 to 1; what lies beyond an end is put on it."""
+        """Return places [N] from 0 to 1; values outside the axis are clipped to its ends."""
         value_N = np.clip(np.asarray(value_N, np.float64), self.low, self.high)
         if self.log:
             return np.log(value_N / self.low) / math.log(self.high / self.low)
@@ -87,37 +87,37 @@ class Axis:
 
 
 def _step(extent: float, ticks: int) -> float:
-    """The round number that divides the extent into at most `ticks` parts."""
+    """Return the round step that divides the extent into at most `ticks` parts."""
     power = 10.0 ** math.floor(math.log10(extent / ticks))
     return next(power * step for step in _STEPS if power * step >= extent / ticks * (1 - 1e-9))
 
 
 def _multiples(first: int, last: int, step: float) -> list[float]:
-    # Rounded, or 3 * 0.1 would be labelled 0.30000000000000004.
+    # Rounded, because 3 * 0.1 would otherwise be labelled 0.30000000000000004.
     digits = 1 - math.floor(math.log10(step)) + 1
     return [round(i * step, digits) for i in range(first, last + 1)]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve through the points; `name` puts it into the key."""
+    """A curve through the points; a curve with a `name` appears in the key."""
 
     x_N: Values
     y_N: Values
     name: str = ""
-    colour: int | None = 0  # none is the colour of remarks
+    colour: int | None = 0  # None: the muted colour
     dashed: bool = False
 
     def svg(self, x: Axis, y: Axis) -> str:
         style = "dashed" if self.dashed else "line"
-        # The last stroke, too short to be seen, makes a dot of a single point.
+        # The last stroke is too short to be visible, and draws a single point as a dot.
         points = _points(self.x_N, self.y_N, x, y)
         return f'<path class="{style} {_colour(self.colour)}" d="M{points}h.01"/>'
 
 
 @dataclass(frozen=True)
 class Band:
-    """The area between two curves; over a base of zeros it is a histogram's body."""
+    """The area between two curves; above zeros it is the body of a histogram."""
 
     x_N: Values
     low_N: Values
@@ -131,7 +131,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Dots:
-    """Points of a curve, each with a text that a resting pointer shows."""
+    """Points of a curve, each with a text that the browser shows on hover."""
 
     x_N: Values
     y_N: Values
@@ -139,7 +139,7 @@ class Dots:
     colour: int = 0
 
     def svg(self, x: Axis, y: Axis) -> str:
-        # A line of no length with round ends is a disc that does not stretch with the drawing.
+        # A minimal line with round ends is a disc that does not stretch with the drawing.
         places = zip(_SIZE * x.at(self.x_N), _SIZE * (1 - y.at(self.y_N)), self.text_N, strict=True)
         return "".join(
             f'<path class="dot {_colour(self.colour)}" d="M{left:.0f} {top:.0f}h.01">'
@@ -150,7 +150,7 @@ class Dots:
 
 @dataclass(frozen=True)
 class Mark:
-    """An upright line at x, in the colour of remarks, with its label at the top."""
+    """A vertical line at x, in the muted colour, with its label at the top."""
 
     x: float
     label: str
@@ -172,9 +172,9 @@ def chart(
     x_title: str = "",
     value: str = "",
 ) -> str:
-    """A `<figure>`: the title, the key of the named lines, what is drawn (the last on top), and the axes.
+    """Return a `<figure>` with the title, the key of the named lines, the drawing (last on top) and the axes.
 
-    `value` is a figure worth reading off, shown beside the title. All text is escaped.
+    value: a figure that is shown beside the title. All text is escaped.
     """
     key = "".join(f'<li class="{_colour(part.colour)}">{escape(part.name)}</li>' for part in _named(drawn))
     labels = [_label("y", "top", 1 - float(y.at([tick])[0]), y.text(tick)) for tick in y.ticks]
@@ -195,7 +195,7 @@ def chart(
 
 
 def standalone(title: str, drawn: Sequence[Drawn], x: Axis, y: Axis, *, x_title: str = "") -> str:
-    """The same as a drawing of its own, the text of an SVG file: the key stands below the axes."""
+    """Return the same chart as the text of an SVG file, with the key below the axes."""
     left, top, width, height, line = 60, 44, 560, 300, 18
     below = top + height + line
     texts = [_text(left, 24, title, "start", "title"), _text(left + width / 2, below + line, x_title)]
@@ -281,7 +281,7 @@ CSS = """
 .c3 { --c: var(--c3) } .c4 { --c: var(--c4) } .c5 { --c: var(--c5) }
 .plot .muted, .key .muted { --c: var(--muted) }
 """
-# The page's light colours, in words that programs for drawing know too.
+# The page's light colours as plain values, because drawing programs do not support custom properties.
 _FILE_CSS = """
 path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-linecap: round }
 text { font: 12px sans-serif; fill: #647084 } .title { font: 600 14px sans-serif; fill: #16202e }

@@ -1,4 +1,4 @@
-"""What `lgaf eval --suite` leaves behind: results.json, report.html, and every plot as an SVG file."""
+"""Output of `lgaf eval --suite`: results.json, report.html, and every plot as an SVG file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trainer.report.plots import plots, report_section
 
 
 def write(folder: Path, results: Results, about: dict[str, Any]) -> None:
-    """Write all files to a folder that is there; each appears only when complete.
+    """Write all files to an existing folder; each file appears only when it is complete.
 
-    `about` says what was evaluated, where and by what: plain values for JSON, by name.
+    about: facts about the evaluation (checkpoint, suite, device, versions) as plain JSON values, by name.
     """
     content = {**about, "results": as_json(results)}
     _write(folder / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -30,7 +30,7 @@ def write(folder: Path, results: Results, about: dict[str, Any]) -> None:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Protocol -> task -> its figures (rates from 0 to 1) and its convention."""
+    """Return, for each protocol and task, its figures (rates from 0 to 1) and its convention."""
     return {
         protocol: {
             task: {"figures": scores.figures, "convention": scores.convention}
@@ -54,5 +54,5 @@ def _file_name(title: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     with staged_file(path) as partial:
-        # The path of a checkpoint need not be Unicode.
+        # The path of a checkpoint is not always valid Unicode.
         partial.write_text(text, encoding="utf-8", errors="replace")

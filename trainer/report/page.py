@@ -1,6 +1,6 @@
-"""The page of a report: its frame and style, and the pieces of HTML that its sections are made of.
+"""The HTML of a report: the page's frame and style, and the elements of its sections.
 
-Texts are escaped here; what is called `body`, or returned by another piece, is HTML already.
+These functions escape plain texts. Arguments named `body`, and results of these functions, are HTML already.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from html import escape
 from trainer.report import charts
 
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
-# The page may show the images that it contains, and nothing else from anywhere; no script runs.
+# The policy allows embedded images and styles, and blocks scripts and external content.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def section(title: str, body: str, remark: str = "") -> str:
-    """A part of the page under its heading; nothing at all if `body` is empty."""
+    """Return a section of the page under its heading; an empty text if `body` is empty."""
     intro = f'<p class="remark">{escape(remark)}</p>' if remark else ""
     return f"<section><h2>{escape(title)}</h2>{intro}{body}</section>" if body else ""
 
 
 def grid(bodies: Sequence[str], css_class: str) -> str:
-    """Cards side by side, as many as the width allows, of the bodies that are not empty."""
+    """Return a card for each body that is not empty, side by side as the width allows."""
     filled = "".join(f'<div class="card">{body}</div>' for body in bodies if body)
     return filled and f'<div class="grid {css_class}">{filled}</div>'
 
 
 def table(rows: Iterable[Sequence[str]], columns: Sequence[str] = ()) -> str:
-    """A table whose first column names the rows; names and columns are texts, all other cells are HTML."""
+    """Return a table whose first column names the rows; names and columns are texts, other cells HTML."""
     lines = "".join(
         f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         for name, *cells in rows
@@ -39,7 +39,7 @@ def table(rows: Iterable[Sequence[str]], columns: Sequence[str] = ()) -> str:
 
 
 def scale(bar: tuple[float, float], *, tick: float | None = None, dots: Sequence[float] = ()) -> str:
-    """A level bar between two places from 0 to 1, with a tick across; the first of two dots is hollow."""
+    """Return a horizontal bar between two places from 0 to 1, with a tick; the first dot of two is hollow."""
     low, high = sorted(100 * place for place in bar)
     marks = "".join(f'<b style="left:{100 * place:.2f}%"></b>' for place in dots)
     across = "" if tick is None else f'<s style="left:{100 * tick:.2f}%"></s>'
@@ -47,29 +47,29 @@ def scale(bar: tuple[float, float], *, tick: float | None = None, dots: Sequence
 
 
 def figure(value: object, shown: str) -> str:
-    """A figure as it is read, with its exact value for programs."""
+    """Return a figure as shown to the reader, with its exact value for programs."""
     return f'<data value="{escape(str(value))}">{escape(shown)}</data>'
 
 
 def percentage(part: float) -> str:
-    """A part of 1 as text: 94.3 %."""
+    """Return a fraction as text: 94.3 %."""
     return f"{100 * part:.1f}{NARROW_SPACE}%"
 
 
 def percent_figure(part: float) -> str:
-    """A part of 1 as a figure."""
+    """Return a fraction as a figure in percent."""
     return figure(part, percentage(part))
 
 
 def picture(image: bytes, label: str = "") -> str:
-    """An encoded image (JPEG or PNG), contained in the page."""
+    """Return an `<img>` that embeds an encoded image (JPEG or PNG) in the page."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     text = base64.b64encode(image).decode("ascii")
     return f'<img alt="{escape(label)}" src="data:image/{kind};base64,{text}">'
 
 
 def page(name: str, subtitle: str, body: str, *, kind: str = "training") -> str:
-    """The whole document: the report of a `kind` of work, called `name`."""
+    """Return the complete document: a report of the given `kind`, titled `name`."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(name)} &middot; lgaf</title>
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">

@@ -1,4 +1,4 @@
-"""What protocols found, as plots: for each task the ROC, the CMC, error versus reject, and histograms."""
+"""Plots of the protocols' results: for each task ROC, CMC, error versus reject, and histograms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WHOLE = Axis(0, 1, [0, 0.25, 0.5, 0.75, 1], percent)
 
 
 class Plot(NamedTuple):
-    """What is drawn, between which axes, and under which title."""
+    """The parts of a plot: curves, axes and titles."""
 
     title: str
     drawn: Sequence[Drawn]
@@ -27,16 +27,16 @@ class Plot(NamedTuple):
     x_title: str
 
     def figure(self) -> str:
-        """As a part of a page."""
+        """Return the plot as HTML for a page."""
         return chart(self.title, self.drawn, self.x, self.y, x_title=self.x_title)
 
     def file(self) -> str:
-        """As an SVG file."""
+        """Return the plot as the text of an SVG file."""
         return standalone(self.title, self.drawn, self.x, self.y, x_title=self.x_title)
 
 
 def report_section(title: str, results: Results) -> str:
-    """Tables and plots of all results as a section of a page; empty without results."""
+    """Return tables and plots of all results as a section of a page; empty without results."""
     if not results:
         return ""
     figures = [plot.figure() for plot in plots(results)]
@@ -44,7 +44,7 @@ def report_section(title: str, results: Results) -> str:
 
 
 def plots(results: Results) -> list[Plot]:
-    """All plots for which the results hold something, task by task."""
+    """Return all plots that the results have data for, task by task."""
     found = []
     for task, scores in by_task(results).items():
         found += [*_roc(task, scores), *_cmc(task, scores), *_rejection(task, scores)]
@@ -61,9 +61,9 @@ def _name(protocol: str, task: str) -> str:
 
 
 def _roc(task: str, scores: Mapping[str, Scores]) -> list[Plot]:
-    """Drawn in steps: TAR stays what it is until FAR has reached the next point.
+    """Plot ROC curves as steps: TAR is constant up to the FAR of the next point.
 
-    The axis begins below the least FAR there is, so that TAR without a false accept is seen.
+    The axis begins below the lowest FAR, which shows the TAR at zero false accepts.
     """
     curves = {name: (*of_one.roc, of_one.figures) for name, of_one in scores.items() if of_one.roc}
     fars = [float(far_R[far_R > 0].min()) for far_R, _, _ in curves.values() if far_R.any()]
@@ -113,7 +113,7 @@ def _rejection(task: str, scores: Mapping[str, Scores]) -> list[Plot]:
 
 
 def _histogram(name: str, counts: Histogram, threshold: float | None) -> Plot:
-    """Between the outermost similarities there are."""
+    """Plot a histogram over the range of similarities that occur."""
     filled_B = np.flatnonzero(counts.genuine_B + counts.impostor_B)
     first, last = int(filled_B[0]), int(filled_B[-1]) + 1
     outline_N = np.repeat(counts.edge_B1[first : last + 1], 2)[1:-1]

@@ -1,4 +1,4 @@
-"""The end of a run: `result.json` for programs, `report.html` for people."""
+"""Results of a finished run: `result.json` for programs, `report.html` for people."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def conclude(
     evaluation: Evaluation,
     ranks: Ranks,
 ) -> None:
-    """Write both from the records of the run and its last evaluation."""
+    """Write result.json and report.html from the records of the run and its last evaluation."""
     write_result(config.run_dir, _result(config, source, evaluation, ranks))
     write_report(
         config.run_dir,
@@ -51,7 +51,7 @@ def _result(config: RunConfig, source: Source, evaluation: Evaluation, ranks: Ra
         for record in records
         if (record["kind"], record["step"]) == ("evaluation", 0) and record["set"] in judged
     ]
-    # The first look covers what happens once: caches, compilation, allocation.
+    # The first records include one-time costs: caches, compilation, allocation.
     steady = trained[config.log_every_steps :] or trained
     return {
         "verification_accuracy": _mean([result.accuracy for result in judged.values()]),
@@ -72,14 +72,14 @@ def _mean(values: list[float]) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or what the CPU is."""
+    """Return the GPU's name, or the CPU's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()})"
 
 
 def _examples(evaluation: Evaluation) -> list[tuple[bytes, bytes, bool, float, float]]:
-    """Pairs of the first set, half judged wrongly (if there are as many), half rightly."""
+    """Return pairs of the first set, half judged wrongly (if there are enough), half judged correctly."""
     name = next(iter(evaluation.judged), None)
     if name is None:
         return []
@@ -99,7 +99,7 @@ def _examples(evaluation: Evaluation) -> list[tuple[bytes, bytes, bool, float, f
 
 
 def _splits(config: RunConfig, judged: dict[str, VerificationResult]) -> dict[str, Split]:
-    """Of the first set that has a table of its pictures; none if no set has one."""
+    """Return accuracies by nuisance for the first set with a table of its images; empty if none has one."""
     for name, path in config.verification_files().items():
         table = path.with_name(f"{path.stem}_nuisances.tsv")
         if table.is_file():

@@ -1,11 +1,10 @@
-"""A run on one page: `report.html`, which loads nothing, runs nothing, and can be sent to anyone.
+"""Report of a training run: `report.html`, a self-contained page without scripts and external content.
 
     write_report(run_dir, results=results, faces=..., pairs=..., splits=..., config_text=...)
 
-`metrics.jsonl` gives the curves, `result.json` the headline, the arguments the rest; a section whose data is
-missing is left out. After a crash a run continues from its last checkpoint and logs some steps once more: of
-such records the later one counts. Curves of many steps are drawn as the mean of neighbouring steps within
-the range of their values. All text is escaped, and the page forbids itself scripts and foreign content.
+The curves come from `metrics.jsonl`, the headline from `result.json`, the rest from the arguments. Sections
+without data are omitted. Curves of many steps are drawn as means of neighbouring steps, within the range of
+their values. All text is escaped.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _NUMBERS = (
 
 
 class JudgedPair(NamedTuple):
-    """Two encoded images, whether they show one person, and what the network made of them."""
+    """Two encoded images, the true answer to whether they show one person, and the network's judgement."""
 
     first: bytes
     second: bytes
@@ -61,7 +60,7 @@ class JudgedPair(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        """Whether the network's judgement is the truth."""
+        """True if the network's judgement is correct."""
         return (self.similarity >= self.threshold) == bool(self.issame)
 
 
@@ -77,20 +76,20 @@ def write_report(
     splits: Splits | None = None,
     config_text: str = "",
 ) -> Path:
-    """Write `run_dir`/report.html and return its path; it appears only when complete.
+    """Write `run_dir`/report.html and return its path; the file appears only when it is complete.
 
-    `results` are those of the last evaluation; `faces` encoded images with their
-    labels, of which neighbours with one label are shown together; `pairs` examples of judged pairs; `splits`
-    for each nuisance its groups of pairs as (name, accuracy, number of pairs).
+    results: the scores of the last evaluation. faces: encoded images with their labels; neighbours with the
+    same label are shown together. pairs: examples of judged pairs. splits: for each nuisance its groups of
+    pairs as (name, accuracy, number of pairs).
 
     Raises ValueError, naming the file, if the folder holds neither metrics.jsonl nor result.json, or if
-    result.json is not a JSON object or has a text where a number belongs.
+    result.json is not a JSON object or has a text in place of a number.
     """
     result, metrics = _read_result(run_dir / "result.json"), _read_metrics(run_dir / "metrics.jsonl")
     if result is None and metrics is None:
         raise ValueError(
             f"{run_dir}: expected the metrics.jsonl and result.json of a run, found neither; "
-            "give the run_dir of a training that has begun"
+            "pass the run_dir of a training that has logged some steps"
         )
     result, metrics = result or {}, metrics or _Metrics()
     body = [
@@ -105,13 +104,13 @@ def write_report(
     path = run_dir / "report.html"
     partial = path.with_name(path.name + ".part")
     text = page(run_dir.resolve().name, _versions(result), "\n".join(body))
-    # File names that are not UTF-8 come as labels that cannot be encoded.
+    # Labels from file names that are not UTF-8 cannot be encoded.
     partial.write_text(text, encoding="utf-8", errors="replace")
     os.replace(partial, path)
     return path
 
 
-# What the files say.
+# Reading the files of a run.
 
 
 @dataclass
@@ -127,6 +126,7 @@ def _read_metrics(path: Path) -> _Metrics | None:
     if not path.is_file():
         return None
     metrics = _Metrics()
+    # A run that resumes from a checkpoint logs some steps again; the later record of a step is used.
     latest: dict[tuple[str | None, int], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         match _json(line):
@@ -135,9 +135,9 @@ def _read_metrics(path: Path) -> _Metrics | None:
             case {"kind": "evaluation", "step": int() as step, "set": str() as evaluated} as record:
                 latest[evaluated, step] = record
             case {"kind": str()}:
-                pass  # a kind of record that is not for this page
+                pass  # a kind of record that the page does not show
             case _:
-                # A crash can cut a line short, and the next record is then appended to it.
+                # A crash can truncate a line, to which the next record is then appended.
                 metrics.unreadable_lines += bool(line.strip())
     for (name, _), record in sorted(latest.items(), key=lambda item: item[0][1]):
         (metrics.train if name is None else metrics.evaluations.setdefault(name, [])).append(record)
@@ -145,7 +145,7 @@ def _read_metrics(path: Path) -> _Metrics | None:
 
 
 def _json(text: str) -> Any:
-    """What the text says, None if it is not JSON."""
+    """Parse a text as JSON; return None if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -158,7 +158,7 @@ def _read_result(path: Path) -> dict[str, Any] | None:
     result = _json(path.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(result, dict):
         raise ValueError(
-            f"{path}: expected a JSON object, found something else; continue the run to renew it"
+            f"{path}: expected a JSON object, found something else; resume the run to write it again"
         )
     for key in _NUMBERS:
         if result.get(key) is not None and not _is_number(result[key]):
@@ -171,7 +171,7 @@ def _is_number(value: object) -> bool:
 
 
 def _series(records: Iterable[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values [N] of the records in which the value is a finite number."""
+    """Return the steps and values [N] of the records in which the value is a finite number."""
     found = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
     return np.array([step for step, _ in found]), np.array([value for _, value in found], np.float64)
 
@@ -193,7 +193,7 @@ def _head(result: dict[str, Any], metrics: _Metrics) -> str:
 
 
 def _tiles(result: dict[str, Any], metrics: _Metrics) -> Iterable[tuple[str, str]]:
-    """Names and figures, the figures as HTML."""
+    """Yield names and figures; the figures are HTML."""
     for key, name in (("samples_per_s", "samples per second"), ("steps", "steps"), ("world_size", "ranks")):
         if result.get(key) is not None:
             yield name, figure(result[key], f"{result[key]:,.0f}")
@@ -207,7 +207,7 @@ def _tiles(result: dict[str, Any], metrics: _Metrics) -> Iterable[tuple[str, str
 
 
 def _data_wait_share(metrics: _Metrics) -> float | None:
-    """The part of the time of all logged steps that was spent waiting for data."""
+    """Return the fraction of the time of all logged steps that was spent waiting for data."""
     timed = [r for r in metrics.train if _is_number(r.get("data_wait_s")) and _is_number(r.get("step_s"))]
     step_s = sum(record["step_s"] for record in timed)
     return sum(record["data_wait_s"] for record in timed) / step_s if step_s else None
@@ -228,7 +228,7 @@ def _gain(untrained: float | None, trained: float | None) -> str:
     )
 
 
-# The sections. Each is empty if there is nothing to show.
+# The sections. Each is empty if it has no data.
 
 
 def _training(metrics: _Metrics) -> str:
@@ -246,7 +246,7 @@ def _training(metrics: _Metrics) -> str:
 def _curve_chart(
     metrics: _Metrics, key: str, title: str, value: Callable[[np.ndarray], str], *, averaged: bool = True
 ) -> str:
-    """One key of the training records over the steps, from zero up; `value` is what to read off at once."""
+    """Chart one key of the training records over the steps, from 0; `value` returns the headline figure."""
     step_N, value_N = _series(metrics.train, key)
     if not len(step_N):
         return ""
@@ -258,10 +258,10 @@ def _curve_chart(
 def _curve(
     step_N: np.ndarray, value_N: np.ndarray, *, averaged: bool, colour: int = 0, name: str = ""
 ) -> tuple[list[Drawn], np.ndarray]:
-    """What draws one curve, and the values that it reaches.
+    """Return the drawing of one curve, and the values that it reaches.
 
-    A long one is cut into stretches. Averaged, it goes through their means, in the band between their least
-    and greatest values; else it goes through single points, both ends among them.
+    A long averaged curve shows the means of equal segments, inside a band between their lowest and highest
+    values. Any other long curve shows evenly spaced points, including both ends.
     """
     if len(step_N) <= _CURVE_POINTS:
         return [Line(step_N, value_N, name, colour)], value_N
@@ -315,7 +315,7 @@ def _judged(pairs: Sequence[JudgedPair]) -> str:
     for right, title in ((True, "Judged right"), (False, "Judged wrong")):
         shown = "".join(_pair_card(pair, span) for pair in pairs if pair.is_right == right)
         body += shown and f'<h3>{title}</h3><div class="pairs">{shown}</div>'
-    remark = "The bar is the cosine similarity; where it reaches the tick, both are taken for one person."
+    remark = "The bar is the cosine similarity. A pair whose bar reaches the tick is judged as one person."
     return section("Pairs", body, remark)
 
 
@@ -337,9 +337,8 @@ def _split_accuracies(splits: Splits, overall: float | None) -> str:
     span = Axis(min(math.floor(10 * least) / 10, 0.5), 1.0, ticks=())
     bodies = [_split_card(name, rows, span, overall) for name, rows in filled.items()]
     remark = (
-        f"Accuracy (dot) from {percent(span.low)} to {percent(span.high)}, and how sure so many pairs make "
-        f"it (bar, 95{NARROW_SPACE}%)"
-        + ("." if overall is None else "; the tick is the accuracy of all pairs.")
+        f"Accuracy (dot) from {percent(span.low)} to {percent(span.high)}, with its 95{NARROW_SPACE}% "
+        "confidence interval (bar)" + ("." if overall is None else "; the tick is the accuracy of all pairs.")
     )
     return section("By nuisance", grid(bodies, "thirds"), remark)
 
@@ -355,7 +354,7 @@ def _split_card(name: str, rows: Sequence[tuple[str, float, int]], span: Axis, o
 
 
 def _wilson(part: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a part that was found among `count`; E. B. Wilson, 1927."""
+    """Return the 95 % confidence interval of a fraction `part` of `count` trials; E. B. Wilson, 1927."""
     squares = 1.96**2 / count
     centre = (part + squares / 2) / (1 + squares)
     half = math.sqrt(squares * part * (1 - part) + squares**2 / 4) / (1 + squares)
@@ -382,13 +381,13 @@ def _details(result: dict[str, Any], metrics: _Metrics, config_text: str) -> str
         rows = [(name, escape(value)) for name, value in _flat(result)]
         body += f"<details><summary>Result</summary>{table(rows)}</details>"
     if metrics.unreadable_lines:
-        lost = f"{metrics.unreadable_lines} lines of metrics.jsonl could not be read and are left out."
+        lost = f"{metrics.unreadable_lines} lines of metrics.jsonl could not be read and are omitted."
         body = f'<p class="remark">{lost}</p>{body}'
     return section("Details", body)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Dotted names and texts of all values."""
+    """Yield the dotted names and texts of all values."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

@@ -1,11 +1,11 @@
-"""Who am I among the ranks: the only reader of rank variables, and the one place where a failed rank speaks.
+"""This process among the ranks: the only reader of rank variables, and the reporter of a failed rank.
 
-    with join() as ranks:      torchrun, Slurm's srun, or alone; nobody says which
+    with join() as ranks:      under torchrun, under Slurm's srun, or as a single process
         ...                    ranks.rank, ranks.group, ranks.device
 
-A rank that fails says so and leaves at once. Its connections close, which wakes the others from whatever
-they wait for (and torchrun or srun ends those that it does not wake); they leave without another word. A rank
-that cannot say anything, as it was killed or hangs, is named by another: `watchdog` finds out which it is.
+A rank that fails prints its error and exits at once. Its closed connections interrupt the collectives of the
+other ranks, which exit without an error message; torchrun or srun ends the remaining ones. If a rank was
+killed or hangs, another rank reports it: `watchdog` determines which rank it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from trainer.runtime.watchdog import HangError, Pulse
 
-# Ports below the range from which Linux hands out its own (32768 and up).
+# Ports below Linux's range of ephemeral ports (32768 and up).
 _FIRST_PORT, _PORTS = 15_000, 16_000
 _JOIN_TIMEOUT = timedelta(minutes=10)
 _FLUSH_S = 5.0
@@ -38,7 +38,7 @@ _CLOSED = r"onnection (closed|reset)|Broken pipe"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one process stands: its rank among `world_size`, and its rank among those of its node."""
+    """The placement of one process: its ranks in the run and on its node, and the address of rank 0."""
 
     rank: int
     world_size: int
@@ -50,7 +50,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of this run, those of `group`; one process alone is a group of one."""
+    """The ranks of this run, which form `group`; a single process is a group of one."""
 
     placement: Placement
     group: dist.ProcessGroup
@@ -59,7 +59,7 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """This process among all, from 0."""
+        """The rank of this process, from 0."""
         return self.placement.rank
 
     @property
@@ -69,7 +69,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which writes and shows what is said once."""
+        """True on rank 0, which writes files and prints messages for the whole run."""
         return self.rank == 0
 
     @property
@@ -84,9 +84,9 @@ class Ranks:
 
 
 def placement(env: Mapping[str, str]) -> Placement:
-    """Read torchrun's variables, else srun's, else be alone.
+    """Return the placement from torchrun's variables, else srun's, else that of a single process.
 
-    Inside a Slurm batch script without srun (SLURM_JOB_ID is set, SLURM_STEP_ID is not) a process is alone.
+    In a Slurm batch script without srun (SLURM_JOB_ID is set, SLURM_STEP_ID is not) it is a single process.
     """
     if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -113,7 +113,7 @@ def placement(env: Mapping[str, str]) -> Placement:
 
 
 def first_host(node_list: str) -> str:
-    """The first name of a Slurm node list: `gpu[003-005,9],login1` gives `gpu003`."""
+    """Return the first host of a Slurm node list: `gpu003` for `gpu[003-005,9],login1`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", node_list)
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}, expected names such as 'node[01-04]'")
@@ -121,7 +121,7 @@ def first_host(node_list: str) -> str:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form of the tasks of every node: `2(x3),1` gives [2, 2, 2, 1]."""
+    """Return the number of tasks of every node from Slurm's short form: [2, 2, 2, 1] for `2(x3),1`."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -133,9 +133,9 @@ def tasks_per_node(text: str) -> list[int]:
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """Meet the other ranks, and part from them in order at the end.
+    """Join the process group of all ranks, and destroy it at the end of the block.
 
-    An exception inside the block is shown by the first rank that fails and ends the process with exit code 1.
+    An exception inside the block ends the process with exit code 1; the first rank that fails prints it.
     """
     where = placement(os.environ)
     try:
@@ -143,15 +143,15 @@ def join() -> Iterator[Ranks]:
     except (dist.DistError, OSError) as error:
         _show(
             ValueError(
-                f"the ranks cannot meet at {where.master_address}:{where.master_port}: {error}; see that "
-                "rank 0 runs, that its name resolves on every node, and that no other program has the port"
+                f"the ranks could not connect at {where.master_address}:{where.master_port}: {error}; check "
+                "that rank 0 is running, that its name resolves on every node, and that the port is free"
             ),
             where,
         )
         _end(1)
     with _speak_once(where, store) as pulse:
         device = _device(where)
-        # DeepSpeed insists on this variable, which only torchrun sets.
+        # DeepSpeed requires this variable, which only torchrun sets.
         os.environ["LOCAL_RANK"] = str(where.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -163,13 +163,13 @@ def join() -> Iterator[Ranks]:
         group = dist.group.WORLD
         assert group is not None
         yield Ranks(where, group, device, pulse)
-        # Rank 0 may host the store: nobody leaves while another still needs it.
+        # Rank 0 can host the store, so that no rank may exit while another still needs it.
         dist.barrier()
         dist.destroy_process_group()
 
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Return what each rank of `group` brings, on all of them; JSON, which unlike a pickle runs nothing."""
+    """Return the values of all ranks of `group`, on all ranks; JSON, unlike a pickle, runs no code."""
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
@@ -182,7 +182,7 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def from_first(value: Any, group: dist.ProcessGroup) -> Any:
-    """Return what rank 0 of `group` brings, on all ranks, as JSON."""
+    """Return the value of rank 0 of `group`, which JSON must be able to represent, on all ranks."""
     return gather_json(value if group.rank() == 0 else None, group)[0]
 
 
@@ -193,12 +193,12 @@ def _store(where: Placement) -> dist.Store:
         where.master_address,
         where.master_port,
         where.world_size,
-        # torchrun keeps the store in its agent, so that it outlives restarted ranks.
+        # torchrun hosts the store in its agent, where it survives a restart of the ranks.
         is_master=where.rank == 0 and not _has_agent_store(),
         timeout=_JOIN_TIMEOUT,
         wait_for_workers=False,
     )
-    # That store has seen the ranks of every attempt, each of which must meet and fail for itself.
+    # The agent's store is shared by all attempts, which must not see each other's keys.
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -219,9 +219,9 @@ def _speak_once(where: Placement, store: dist.Store) -> Iterator[Pulse]:
     once = threading.Lock()
 
     def end(error: Exception) -> NoReturn:
-        once.acquire()  # and not released: who comes second, main thread or watchdog, waits for the end
+        once.acquire()  # never released: the second caller, main thread or watchdog, waits for the exit
         _speak(error, where, pulse)
-        # An orderly exit would wait for collectives in which nobody else takes part any more.
+        # A regular exit would wait for collectives that the other ranks have left.
         _end(1)
 
     keeper = "torchrun" if _has_agent_store() else "rank 0"
@@ -234,8 +234,8 @@ def _speak_once(where: Placement, store: dist.Store) -> Iterator[Pulse]:
 
 
 def _speak(error: Exception, where: Placement, pulse: Pulse) -> None:
-    """Show the error, or the rank that caused it, unless another rank has the word."""
-    # A rank that was killed is known by its connections, which closed.
+    """Print the error, or the rank that caused it, unless another rank is the one to report."""
+    # The connections of a killed rank are closed.
     is_cut_off = isinstance(error, RuntimeError) and re.search(_CLOSED, str(error)) is not None
     verdict = pulse.verdict(is_other_at_fault=is_cut_off or isinstance(error, HangError))
     if not verdict.is_speaker:
@@ -244,13 +244,13 @@ def _speak(error: Exception, where: Placement, pulse: Pulse) -> None:
         error = ValueError(f"{error}; {verdict.culprit}")
     elif verdict.culprit:
         error = ValueError(
-            f"another rank ended without a word (killed, or out of memory?): {verdict.culprit}"
+            f"another rank exited without reporting an error (killed, or out of memory?): {verdict.culprit}"
         )
     _show(error, where)
 
 
 def _show(error: Exception, where: Placement) -> None:
-    """What went wrong, for a user; with the way there only if it is no one's input that is at fault."""
+    """Print an error; with its traceback unless it is an error of the user's input or of the system."""
     who = f"rank {where.rank}: " if where.world_size > 1 else ""
     if isinstance(error, ValueError | OSError):
         print(f"lgaf: {who}{error}", file=sys.stderr, flush=True)
@@ -260,11 +260,11 @@ def _show(error: Exception, where: Placement) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a process that has been through `join`: as Python does, but for the interpreter's teardown.
+    """End a process that has been through `join`, as Python does, but without the interpreter's teardown.
 
-    Threads are waited for and exit functions called. What would follow is left out: the group outlives its
-    destruction, as parameters of DeepSpeed and defaults of torch's functions hold it, and a thread of it that
-    wants the interpreter's lock during the teardown aborts the process. So are the `finally`s of callers.
+    It waits for threads and calls exit functions. It skips the teardown and the callers' `finally` blocks:
+    DeepSpeed's parameters and defaults of torch's functions keep the process group alive after its
+    destruction, and a thread of it that acquires the interpreter's lock during teardown aborts the process.
     """
     try:
         threading._shutdown()  # type: ignore[attr-defined]
@@ -274,7 +274,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process now, when what was printed is out; or without it, as a stuck print holds its stream."""
+    """Flush all output and end the process; end it without flushing if that hangs on a blocked stream."""
     flushing = threading.Thread(target=_flush, daemon=True)
     flushing.start()
     flushing.join(_FLUSH_S)
@@ -286,4 +286,4 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
-    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    ctypes.CDLL(None).fflush(None)  # the output of C libraries

@@ -1,14 +1,11 @@
-"""A rank that dies or hangs does not leave the others waiting: the job ends, and says which rank it was.
+"""Watchdog: end the job when a rank dies or hangs, and report which rank it was.
 
-    beat       a thread of every rank publishes the rank's last step, what it does, and a number that grows
-    watch      another looks whether the main thread gets anywhere; if not for too long, the process ends
-    verdict    the first rank to end reads all that was published, twice: a rank whose number stands still is
-               dead or stopped; if there is none, the rank that got least far keeps the others waiting
+    beat       a thread of every rank publishes the rank's last step, its activity, and a growing counter
+    watch      another thread ends the process if the main thread makes no progress for too long
+    verdict    the first rank to fail reads all published values twice: a rank whose counter has not grown is
+               dead or stopped; if there is none, the rank that is furthest behind is the straggler
 
-Steps keep the ranks together, so a rank that hangs stops all of them, and each sees it by itself. What is
-published is in the store in which the ranks met: messages of the training's process group hang when a rank
-does. The store may hang or go too, with rank 0 or torchrun, whichever keeps it; so the thread that watches
-never waits for it.
+Every step synchronizes the ranks, so that a rank that hangs stops all of them and each detects it itself.
 """
 
 from __future__ import annotations
@@ -26,26 +23,26 @@ import torch.distributed as dist
 
 _BEAT_S = 1.0
 _DIAGNOSIS_S = 2.5 * _BEAT_S
-# From the loss of the store to the end: the main thread may have a better word to say.
+# From the loss of the store to the exit: in this time the main thread can report a more specific error.
 _GRACE_S = 10.0
-# Starting, evaluating and saving are not measured in steps.
+# The factor on the timeout while starting, evaluating and saving, which take longer than a step.
 _PATIENCE = 3
 _VERDICTS, _KEY = "lgaf/verdicts", "lgaf/life/{}"
 
 
 class HangError(RuntimeError):
-    """Nothing was done for too long."""
+    """No progress was made within the timeout, or the store was lost."""
 
 
 class Verdict(NamedTuple):
-    """Whether this rank is the one to speak, and which other rank is at fault, if one was found."""
+    """The result of a diagnosis: True if this rank is the one to report, and the rank at fault, if found."""
 
     is_speaker: bool
     culprit: str
 
 
 class _Life(NamedTuple):
-    """What a rank publishes; `beat` grows while it lives, `progress` whenever it gets to something else."""
+    """The published state of a rank; `beat` grows while it lives, `progress` with each new activity."""
 
     beat: int = -1
     progress: int = -1
@@ -58,15 +55,17 @@ class _Life(NamedTuple):
 
 
 class Pulse:
-    """The life signs of this rank, while in the `with` block.
+    """The heartbeat of this rank, inside its `with` block.
 
-    keeper: who keeps the store, for people. end: called with a HangError, from a thread; it ends the process.
+    keeper: the name of the store's host, for messages. end: called with a HangError from a thread; it must
+    end the process.
     """
 
     def __init__(
         self, store: dist.Store, rank: int, world_size: int, *, keeper: str, end: Callable[[HangError], None]
     ) -> None:
-        # A connection of its own: the main thread's may be in use for as long as ranks take to meet.
+        # The heartbeat goes through the store, because collectives hang when a rank does. It has a connection
+        # of its own: the main thread's is in use while it waits for the other ranks to connect.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._rank, self._world_size, self._keeper, self._end = rank, world_size, keeper, end
         self._timeout_s: float | None = None
@@ -88,37 +87,39 @@ class Pulse:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
-        # It may be in the store, and Python's teardown abort the process for it; but the store may hang.
+        # Wait for the thread: Python's teardown aborts the process if the thread is in a call of the store.
+        # The wait is limited because the store can hang.
         self._beating.join(_BEAT_S)
 
     def limit(self, timeout_s: float) -> None:
-        """From now on the process ends after so long without a note, thrice so long where that is slow."""
+        """End the process after `timeout_s` without a call of `note`, or 3 times that in a slow activity."""
         self._timeout_s = timeout_s
 
     def note(self, step: int, doing: str, *, is_slow: bool = False) -> None:
-        """The main thread has got to something else, `step` steps being done."""
+        """Record that the main thread has started the activity `doing`, after `step` steps."""
         self._is_slow = is_slow
         self._work = (self._work[0] + 1, step, doing)
 
     def verdict(self, *, is_other_at_fault: bool) -> Verdict:
-        """To be asked once, when this rank fails; takes seconds if another rank seems to be the cause."""
+        """Diagnose a failure, once, when this rank fails; takes seconds if another rank seems at fault."""
         found: list[Verdict] = []
-        # In a thread, which is left behind if the store does not answer.
+        # In a thread, which is abandoned if the store does not respond.
         asking = threading.Thread(target=self._judge, args=(is_other_at_fault, found), daemon=True)
         asking.start()
         asking.join(4 * _DIAGNOSIS_S)
         if found:
             return found[0]
-        # Nobody can be asked who speaks. Rank 0, if it lives, keeps the store or lost it with torchrun.
+        # Without the store the ranks cannot agree on one to report, so that rank 1 does. Rank 0, if it is
+        # alive, hosts the store or has lost it with torchrun.
         return Verdict(
-            self._rank == 1, f"{self._keeper} is gone or stopped; rank 0 was last seen {self._rank_0}"
+            self._rank == 1, f"{self._keeper} is dead or stopped; rank 0 was last seen {self._rank_0}"
         )
 
     def _judge(self, is_other_at_fault: bool, found: list[Verdict]) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone
+        with contextlib.suppress(RuntimeError):  # the store was lost
             is_speaker = self._store.add(_VERDICTS, 1) == 1
             culprit = self._culprit() if is_speaker and is_other_at_fault else ""
-            # The others' verdict need not wonder why this rank is silent.
+            # Other ranks must not diagnose this rank as dead.
             self._has_left = True
             self._publish(beat=0)
             found.append(Verdict(is_speaker, culprit))
@@ -132,7 +133,7 @@ class Pulse:
         if silent:
             return "; ".join(f"rank {r} is dead or stopped; it was last seen {after[r]}" for r in silent)
         least = min(after, key=lambda r: after[r].progress)
-        return f"rank {least} got least far: {after[least]}"
+        return f"rank {least} is furthest behind: {after[least]}"
 
     def _read_all(self) -> dict[int, _Life]:
         return {rank: self._read(rank) for rank in range(self._world_size)}
@@ -155,7 +156,11 @@ class Pulse:
             self._is_store_lost = True
 
     def _watch(self) -> None:
-        """Time is counted in own ticks, not by a clock: a job that was suspended has not been idle."""
+        """End the process after too long without progress, or some time after the loss of the store.
+
+        Time is counted in the loop's own ticks, so that the time of a suspended job does not count. The loop
+        never calls the store, which can hang.
+        """
         seen, idle_s, lost_s = -1, 0.0, 0.0
         while not self._is_over.wait(_BEAT_S):
             progress = self._work[0]
@@ -166,4 +171,4 @@ class Pulse:
             if lost_s > _GRACE_S:
                 self._end(HangError(f"the connection to {self._keeper} was lost"))
             if self._timeout_s is not None and idle_s > allowed_s:
-                self._end(HangError(f"nothing was done for {allowed_s:g} s (watchdog.timeout_s)"))
+                self._end(HangError(f"no progress was made for {allowed_s:g} s (watchdog.timeout_s)"))

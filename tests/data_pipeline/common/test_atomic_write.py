@@ -25,6 +25,6 @@ def fills_the_disk(out):
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
-    with pytest.raises(OSError, match=r"faces\.npz: expected room to write, found none \(No space left"):
+    with pytest.raises(OSError, match=r"faces\.npz: expected space to write, found none \(No space left"):
         fills_the_disk(tmp_path / "faces.npz")
     assert os.listdir(tmp_path) == []

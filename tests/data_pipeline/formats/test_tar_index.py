@@ -140,7 +140,7 @@ def test_an_error_leaves_whole_shards_only(tmp_path, image, label):
 
 def test_a_killed_writer_leaves_whole_shards_under_their_names(tmp_path):
     script = (
-        "import os, sys, pathlib; from data_pipeline.formats.tar_index import ShardWriter\n"
+        "import os, sys, pathlib; from data_pipeline.formats.tar_writer import ShardWriter\n"
         f"with ShardWriter(pathlib.Path({str(tmp_path)!r}), samples=3) as writer:\n"
         "    for i in range(8): writer.add(os.urandom(5000), i)\n"
         f"    os.kill(os.getpid(), {signal.SIGKILL})"

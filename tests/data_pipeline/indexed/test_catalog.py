@@ -119,8 +119,8 @@ def rewrite_index(folder, change):
     [
         (lambda rows: [(k, o + 4 * (k == 5)) for k, o in rows], "do not match at byte .*different datasets"),
         (lambda rows: rows[:4] + rows[5:], "do not match at byte .*key 4"),
-        (lambda rows: rows[1:], "do not match at byte 0: its first record lies at byte"),
-        (lambda rows: [*rows, (99, rows[3][1])], "keys 4 and 99 both lie at byte"),
+        (lambda rows: rows[1:], "do not match at byte 0: in the index, the first record lies at byte"),
+        (lambda rows: [*rows, (99, rows[3][1])], "found the keys 4 and 99 at byte"),
         (lambda rows: [*rows, (99, 1 << 40)], "but train.idx lists key 99 at byte 1099511627776"),
     ],
     ids=["shifted", "one missing", "first missing", "twice", "beyond the end"],
@@ -133,7 +133,7 @@ def test_idx_does_not_match_rec(dataset, change, message):
 
 def test_property_contradicts_the_labels(dataset):
     (dataset / "property").write_text("5,112,112\n")
-    message = r"property says 5 classes, but .*key 9 at byte \d+ has label 2.*so there are 3"
+    message = r"property gives 5 classes, but .*key 9 at byte \d+ has label 2.*so there are 3"
     with pytest.raises(ValueError, match=message):
         open_catalog(dataset)
 
@@ -185,7 +185,7 @@ def test_an_empty_rec(dataset):
 
 def test_a_dataset_without_images(tmp_path, write_records):
     folder = write_records(tmp_path, [(0, (1, 2), b""), (1, (1, 1), b"")])
-    with pytest.raises(ValueError, match=r"none of its 2 records holds an image"):
+    with pytest.raises(ValueError, match=r"expected images, found none in its 2 records"):
         open_catalog(folder)
 
 

@@ -152,7 +152,7 @@ def test_the_user_s_cache_takes_what_the_dataset_s_folder_cannot(dataset, builds
 
 def test_no_place_at_all(dataset, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DatasetError, match=r"could write to none: .*file/.*; set data.catalog_dir"):
+    with pytest.raises(DatasetError, match=r"found none: .*file/.*; set data.catalog_dir"):
         open_catalog(dataset, catalog_dir=tmp_path / "file")
 
 

@@ -257,7 +257,7 @@ def test_classes_of_several_datasets_follow_each_other(dataset, people, jpeg, tm
     ):
         open_catalog([people, dataset], num_classes=5)
     (dataset / "property").write_text("9,48,48\n")
-    with pytest.raises(DatasetError, match=r"property says 9 classes, but .* has label 2, the largest"):
+    with pytest.raises(DatasetError, match=r"property gives 9 classes, but .* has label 2, the largest"):
         open_catalog([people, dataset])
 
 
@@ -386,7 +386,7 @@ def test_a_file_that_is_written_replaced_or_removed(dataset):
         catalog.image(0)
     catalog = open_catalog(dataset)
     (dataset / "train.rec").unlink()
-    with pytest.raises(DatasetError, match=r"train.rec was there .* cannot be read now: No such file"):
+    with pytest.raises(DatasetError, match=r"train.rec existed .* cannot be read now: No such file"):
         catalog.image(0)
 
 

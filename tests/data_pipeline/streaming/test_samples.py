@@ -339,7 +339,7 @@ def test_patience_ends_with_a_message_that_names_all(serve):
     server.faults = itertools.chain([5000], itertools.repeat((503,)))
     url = server.url("s-0.tar")
     with pytest.raises(
-        RemoteError, match=r"nothing beyond byte 5000 in 4 attempts.* HTTP status 503"
+        RemoteError, match=r"found none beyond byte 5000 in 4 attempts.* HTTP status 503"
     ) as caught:
         read([url], 16)
     assert str(caught.value).startswith(url)
@@ -355,7 +355,7 @@ def silent():
 
 def test_endless_silence_is_told(silent):
     hasty = Patience(attempts=2, timeout_s=0.2, backoff_s=0.001)
-    with pytest.raises(RemoteError, match=r"nothing beyond byte 0 in 2 attempts.*silence for 0\.2 s"):
+    with pytest.raises(RemoteError, match=r"found none beyond byte 0 in 2 attempts.*no data for 0\.2 s"):
         read([silent + "/s-0.tar"], 16, patience=hasty)
 
 
@@ -392,7 +392,7 @@ def test_a_length_that_is_never_reached_is_an_error(serve):
     server = serve()
     size = (server.folder / "s-0.tar").stat().st_size
     server.faults = itertools.chain([size - 20_000], itertools.repeat(0))
-    with pytest.raises(RemoteError, match=f"nothing beyond byte {size - 20_000}"):
+    with pytest.raises(RemoteError, match=f"found none beyond byte {size - 20_000}"):
         read([server.url("s-0.tar")], 16)
 
 
@@ -427,7 +427,9 @@ def test_a_command_is_read_like_a_file(folder):
 
 def test_a_command_that_fails_is_an_error_with_what_it_said(folder):
     url = f"pipe:cat {folder}/s-0.tar; echo no more >&2; exit 3"
-    with pytest.raises(RemoteError, match=r"in 4 attempts.*status 3 of the command, which said: no more"):
+    with pytest.raises(
+        RemoteError, match=r"in 4 attempts.*status 3 of the command, with the output: no more"
+    ):
         read([url], 16)
 
 
@@ -443,7 +445,7 @@ def test_a_command_is_started_anew_and_what_had_come_is_skipped(folder, tmp_path
 
 def test_a_command_that_gives_less_when_it_is_started_anew_is_an_error(folder, tmp_path):
     script = f"test -e {tmp_path}/ran && exit 0; touch {tmp_path}/ran; head -c 9000 {folder}/s-0.tar; exit 1"
-    with pytest.raises(RemoteError, match="the end at byte 0, where more had come before"):
+    with pytest.raises(RemoteError, match="ended at byte 0, after an earlier connection had sent 9000"):
         read([f"pipe:{script}"], 16)
 
 

@@ -196,7 +196,7 @@ def test_the_same_set_is_not_written_again(folder):
 
 def test_another_set_is_refused_with_the_keys_that_differ(folder):
     before = files_of(folder)
-    message = r"found a set with seed = 7, asked for 8; pairs = 10, asked for 11; choose another folder"
+    message = r"found a set with seed = 7, requested 8; pairs = 10, requested 11; choose another folder"
     with pytest.raises(ValueError, match=message):
         write_set(folder, SMALL.model_copy(update={"seed": 8, "pairs": 11}))
     assert files_of(folder) == before

@@ -53,7 +53,7 @@ def test_a_part_is_the_same_bytes_on_any_number_of_processes():
 def test_more_parts_than_pictures_are_refused():
     done = subprocess.run([*PAINT.split(), "0/78", *KEYS.split()], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("lgaf: 0/78: expected at most as many parts as pictures, found 77 (")
+    assert done.stderr.startswith("lgaf: 0/78: expected at most as many parts as images, found 77 images (")
     assert not done.stdout
 
 
@@ -61,7 +61,7 @@ def test_more_parts_than_pictures_are_refused():
 def test_a_part_that_there_is_not_is_refused(part):
     done = subprocess.run([*PAINT.split(), "--", part], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"lgaf: {part}: expected a part and how many there are, such as 0/50 or 49/50\n"
+    assert done.stderr == f"lgaf: {part}: expected a part and the number of parts, such as 0/50 or 49/50\n"
     assert not done.stdout
 
 

@@ -181,7 +181,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_unfinished(dataset, tmp_path, j
         [sys.executable, "-c", LIMITED, *words], check=False, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "full: expected room to write, found none (File too large" in done.stderr.splitlines()[-1]
+    assert "full: expected space to write, found none (File too large" in done.stderr.splitlines()[-1]
     left = sorted(path.name for path in (tmp_path / "full").glob("*"))
     assert left == (["unfinished.part"] if command == "to shards" else [])
     assert not list(tmp_path.glob(".*"))
@@ -193,7 +193,7 @@ def test_a_full_file_system_is_named_as_well(dataset, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "none", disk], check=False).returncode:
         skip_without_right("no file system can be mounted here")
     try:
-        with pytest.raises(OSError, match=r"out: expected room to write, found none \(No space left"):
+        with pytest.raises(OSError, match=r"out: expected space to write, found none \(No space left"):
             convert(dataset, disk / "out", shard_samples=2)
         assert all(len(index_shard(path).label_N) == 2 for path in (disk / "out").glob("*.tar"))
         assert not list((disk / "out").glob("*.tar.part"))

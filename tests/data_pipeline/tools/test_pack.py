@@ -193,11 +193,11 @@ def test_a_list_is_packed_in_its_order_with_its_labels(tmp_path, jpeg, name, tex
     [
         ("l.tsv", "0.jpg\t0\n1.jpg 1\n", r"l\.tsv: line 2 is '1\.jpg 1', expected 'path<TAB>label'"),
         ("l.csv", "0.jpg,0\n1.jpg,1,2\n", r"l\.csv: line 2 is '1\.jpg,1,2', expected 'path,label'"),
-        ("l.tsv", "0.jpg\t-1\n", r"line 1 is .*, the label a whole number from 0; correct it"),
+        ("l.tsv", "0.jpg\t-1\n", r"line 1 is .* with a whole number from 0 as label; correct it"),
         ("l.tsv", "0.jpg\t1.0\n", r"line 1 is"),
         ("l.tsv", "0.jpg\t9223372036854775808\n", r"line 1 is"),
         ("l.tsv", "\t1\n", r"line 1 is"),
-        ("l.tsv", f"{'x' * 200_000}\t1\n", r"line 1 is no table row: field larger than"),
+        ("l.tsv", f"{'x' * 200_000}\t1\n", r"line 1 is not a table row: field larger than"),
         ("l.tsv", "", r"l\.tsv: expected lines 'path<TAB>label', found none"),
         ("l.tsv", "absent.jpg\t1\n", r"absent\.jpg: expected an image, found: .*No such file"),
     ],

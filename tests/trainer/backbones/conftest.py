@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from trainer.backbones import BackboneConfig, build
-from trainer.backbones.config import LGFConfig, MHMSConfig
-from trainer.backbones.lgaf import LGAF
+from trainer.backbones.lgaf import LGAF, LGAFConfig, LGFConfig, MHMSConfig
 
 IMAGE_SIZE = 32
 
 
 @pytest.fixture
 def config() -> BackboneConfig:
-    return BackboneConfig(
+    return LGAFConfig(
         blocks=(1, 2, 1, 1),
         width=8,
         embedding_size=16,

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.backbones import BackboneConfig, build
+from trainer.backbones import build
+from trainer.backbones.iresnet import IResNetConfig
+from trainer.backbones.lgaf import LGAFConfig
 
 # arcface_torch's iresnet18 to iresnet200.
 PUBLISHED_BLOCKS = {
@@ -80,7 +82,7 @@ def reference(state: dict[str, Tensor], blocks, x: Tensor) -> Tensor:
 def test_names_and_shapes_are_the_published_ones(depth):
     expected = list(published(PUBLISHED_BLOCKS[depth]))
     with torch.device("meta"):
-        net = build(BackboneConfig(name="iresnet", depth=depth), 112)
+        net = build(IResNetConfig(depth=depth), 112)
         net.load_state_dict({name: torch.empty(shape) for name, shape in expected})
     assert [(name, tuple(tensor.shape)) for name, tensor in net.state_dict().items()] == expected
     # A block: two kernels, a slope, three norms of five tensors each. A stage: the kernel and norm of its
@@ -90,7 +92,7 @@ def test_names_and_shapes_are_the_published_ones(depth):
 
 
 def test_norms_average_as_the_published_ones():
-    norms = [m for m in build(BackboneConfig(blocks=(1, 1, 1, 1)), 32).modules() if hasattr(m, "momentum")]
+    norms = [m for m in build(LGAFConfig(blocks=(1, 1, 1, 1)), 32).modules() if hasattr(m, "momentum")]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
 
 
@@ -102,7 +104,7 @@ def test_a_published_state_dict_loads_and_is_computed_as_its_names_say():
         else torch.randn(shape, generator=generator) * 0.2
         for name, shape in published(blocks, width=4, side=2, embedding=8)
     }
-    net = build(BackboneConfig(name="iresnet", blocks=blocks, width=4, embedding_size=8), 32).eval()
+    net = build(IResNetConfig(blocks=blocks, width=4, embedding_size=8), 32).eval()
     net.load_state_dict(state)
     images_BCHW = torch.randn(3, 3, 32, 32, generator=generator)
     emb_BD, norm_BK, branch_BKD, penalty = net(images_BCHW)
@@ -113,7 +115,7 @@ def test_a_published_state_dict_loads_and_is_computed_as_its_names_say():
 
 
 def test_initial_values_are_the_recipes():
-    net = build(BackboneConfig(name="iresnet", depth=18), 112)
+    net = build(IResNetConfig(depth=18), 112)
     weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
     assert weights["layer3.0.conv1.weight"].std() == pytest.approx(0.1, rel=0.01)
     assert weights["layer3.0.conv1.weight"].mean() == pytest.approx(0, abs=1e-3)
@@ -126,7 +128,7 @@ def test_initial_values_are_the_recipes():
 @pytest.mark.parametrize("image_size", [112, 100, 33, 16])
 @pytest.mark.parametrize("stem_stride", [1, 2])
 def test_any_image_size(image_size, stem_stride):
-    config = BackboneConfig(blocks=(1, 1, 1, 1), width=4, embedding_size=8, stem_stride=stem_stride)
+    config = LGAFConfig(blocks=(1, 1, 1, 1), width=4, embedding_size=8, stem_stride=stem_stride)
     assert build(config, image_size).eval()(torch.zeros(1, 3, image_size, image_size)).emb_BD.shape == (1, 8)
 
 
@@ -137,9 +139,9 @@ def test_images_of_another_size_are_refused(lgaf):
 
 def test_an_unknown_depth_lists_the_known_ones():
     with pytest.raises(ValidationError, match="18, 34, 50, 100 or 200"):
-        BackboneConfig(depth=101)
+        LGAFConfig(depth=101)
 
 
 def test_a_stage_without_blocks_is_refused():
     with pytest.raises(ValidationError, match=r"at least one block .* found \[1, 0, 1, 1\]"):
-        BackboneConfig(blocks=(1, 0, 1, 1))
+        LGAFConfig(blocks=(1, 0, 1, 1))

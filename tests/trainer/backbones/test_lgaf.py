@@ -11,9 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.backbones import BackboneConfig, build, parameter_groups
-from trainer.backbones.config import LGFConfig, MHMSConfig
-from trainer.backbones.lgaf import GLOBAL, LGF, LOCAL, MHMS, SE, LANet, MSNet, batch_statistics, similarity
+from trainer.backbones import build, parameter_groups
+from trainer.backbones.lgaf import (
+    GLOBAL,
+    LGF,
+    LOCAL,
+    MHMS,
+    SE,
+    LANet,
+    LGAFConfig,
+    LGFConfig,
+    MHMSConfig,
+    MSNet,
+    batch_statistics,
+    similarity,
+)
 
 
 def set_weights(module: nn.Module, **values: object) -> None:
@@ -299,7 +311,7 @@ def test_the_heads_can_read_any_later_stage(config, images, stage, channels, sid
 
 @torch.no_grad()
 def test_the_local_branch_costs_little():
-    net = build(BackboneConfig(depth=100), 112).eval()
+    net = build(LGAFConfig(depth=100), 112).eval()
     with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, 3, 112, 112))
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from trainer.backbones import BackboneConfig, build
-from trainer.backbones.config import MHMSConfig, ViTConfig
+from trainer.backbones import build
+from trainer.backbones.iresnet import IResNetConfig
+from trainer.backbones.lgaf import LGAFConfig, MHMSConfig
+from trainer.backbones.vit import ViTConfig
 
 NETWORKS = {
-    "iresnet": BackboneConfig(name="iresnet", blocks=(1, 2, 1, 1), width=8, embedding_size=16, dropout=0.3),
-    "lgaf": BackboneConfig(
+    "iresnet": IResNetConfig(blocks=(1, 2, 1, 1), width=8, embedding_size=16, dropout=0.3),
+    "lgaf": LGAFConfig(
         blocks=(1, 2, 1, 1),
         width=8,
         embedding_size=16,
         dropout=0.3,
         mhms=MHMSConfig(heads=((1, 3), (5,)), divergence=0.1, head_drop=0.3),
     ),
-    "vit": BackboneConfig(
-        name="vit", embedding_size=16, dropout=0.3, vit=ViTConfig(size="T", patch=8, drop_path=0.5)
-    ),
+    "vit": ViTConfig(embedding_size=16, dropout=0.3, size="T", patch=8, drop_path=0.5),
 }
 
 

@@ -5,9 +5,8 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from trainer.backbones import BackboneConfig, build, parameter_groups
-from trainer.backbones.config import ViTConfig
-from trainer.backbones.vit import Block
+from trainer.backbones import build, parameter_groups
+from trainer.backbones.vit import Block, ViTConfig
 
 # Width and blocks of arcface_torch's vit_t, vit_s, vit_b_dp005_mask_005 and vit_l_dp005_mask_005.
 PUBLISHED = {"T": (256, 12), "S": (512, 12), "B": (512, 24), "L": (768, 24)}
@@ -89,7 +88,7 @@ def small(monkeypatch):
     torch.manual_seed(0)
 
     def make(**changed):
-        return build(BackboneConfig(name="vit", embedding_size=8, vit=ViTConfig(patch=5, **changed)), 17)
+        return build(ViTConfig(embedding_size=8, patch=5, **changed), 17)
 
     return make
 
@@ -103,7 +102,7 @@ def images():
 def test_names_and_shapes_are_the_published_ones(size):
     expected = list(published(*PUBLISHED[size]))
     with torch.device("meta"):
-        net = build(BackboneConfig(name="vit", vit=ViTConfig(size=size)), 112)
+        net = build(ViTConfig(size=size), 112)
         net.load_state_dict({name: torch.empty(shape) for name, shape in expected})
     assert [(name, tuple(tensor.shape)) for name, tensor in net.state_dict().items()] == expected
 
@@ -201,8 +200,10 @@ def test_every_parameter_is_trained_and_bf16_stays_near(small, images):
 
 
 def test_a_patch_larger_than_the_image_is_refused():
-    with pytest.raises(ValueError, match=r"vit\.patch is 20 pixels, expected at most data\.image_size, 17"):
-        build(BackboneConfig(name="vit", vit=ViTConfig(patch=20)), 17)
+    with pytest.raises(
+        ValueError, match=r"backbone\.patch is 20 pixels, expected at most data\.image_size, 17"
+    ):
+        build(ViTConfig(patch=20), 17)
 
 
 def test_an_unknown_size_lists_the_known_ones():

@@ -12,7 +12,7 @@ from trainer.backbones import build, weights
 def trunk_state(config):
     """The state dict of a plain IResNet as deep and wide as the trunk of `lgaf`."""
     torch.manual_seed(5)
-    return build(config.model_copy(update={"name": "iresnet"}), 32).state_dict()
+    return config.build_trunk(32).state_dict()
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def file(tmp_path):
 
 def test_a_file_by_the_published_names_is_the_whole_of_iresnet(config, trunk_state, file):
     torch.save(trunk_state, file)
-    net = build(config.model_copy(update={"name": "iresnet"}), 32)
+    net = config.build_trunk(32)
     weights.load(net, file)
     assert all(tensor.equal(trunk_state[name]) for name, tensor in net.state_dict().items())
 

@@ -157,7 +157,7 @@ def save_while_busy(rank, run_dir):
 def test_a_save_that_comes_too_soon_is_skipped_on_all_ranks_but_the_last_is_not(results):
     for found, said in results["save_while_busy"]:
         assert found == [10, 30, 40]
-        assert [line for line in said if "step 20 is not saved: an earlier save still runs" in line]
+        assert [line for line in said if "step 20 is not saved: the previous save is still running" in line]
         assert len(said) == 4
 
 
@@ -198,7 +198,7 @@ def test_a_failure_is_said_once_counted_and_made_good(results):
     for kept, failures, said, found, left in results["fail_and_recover"]:
         assert kept == ["step-00000010"]
         assert failures == 2
-        assert "step-00000020 cannot be written by rank 1" in said[1]
+        assert "step-00000020 could not be written by rank 1" in said[1]
         assert [line.split("/")[-1] for line in (said[0], said[2])] == ["step-00000010", "step-00000022"]
         assert len(said) == 3
         assert found == [10, 22]
@@ -222,7 +222,9 @@ def no_room(monkeypatch):
 
 def test_the_last_save_must_not_fail(tmp_path, alone, no_room):
     run = Run(0, tmp_path)
-    with pytest.raises(CheckpointError, match=r"step-00000010 cannot be written by rank 0: .*No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000010 could not be written by rank 0: .*No space left"
+    ):
         run.save(10, is_last=True)
     assert run.failures() == 1
     assert list(files.folder_of(tmp_path).iterdir()) == []

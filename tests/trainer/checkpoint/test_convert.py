@@ -146,11 +146,12 @@ def test_a_run_of_an_older_lgaf_goes_on_after_one_command(old_run, words, straig
     for name, (code, text) in said_by_each(words(old_run), tmp_path).items():
         assert code == 1, name
         assert (
-            f"expected {files.FORMAT}: an older lgaf wrote it; rewrite it with `lgaf checkpoint conv" in text
+            f"expected format {files.FORMAT}, found 1, which an older lgaf wrote; convert it with `lgaf chec"
+            in text
         )
     done = run("checkpoint", "convert", old_run)
-    assert done.stdout == "step-00000002: rewritten\n"
-    assert run("checkpoint", "convert", old_run).stdout == "step-00000002: is of the present format\n"
+    assert done.stdout == "step-00000002: converted\n"
+    assert run("checkpoint", "convert", old_run).stdout == "step-00000002: has the current format already\n"
     done = run(*train_words(old_run, faces, *COMMON))
     assert done.returncode == 0, done.stderr
     assert "steps 2 to 4" in done.stderr
@@ -195,9 +196,7 @@ def test_a_crafted_checkpoint_of_format_1_runs_nothing(old_run, kind, tmp_path):
     torch.save(Exploit(marker), checkpoint / "__0_0.distcp")
     seal_as_format_1(checkpoint)
     before = sorted(checkpoint.iterdir())
-    with pytest.raises(
-        CheckpointError, match=r"expected a checkpoint of format 1, as torch writes them, found"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint of format 1 as torch writes it, found"):
         checkpoint_convert.convert(checkpoint)
     assert sorted(checkpoint.iterdir()) == before
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]

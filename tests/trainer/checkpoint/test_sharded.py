@@ -148,7 +148,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run_dir, alon
     assert newest(0, run_dir) == path.with_name("step-00000020")
     said = capfd.readouterr().err
     where = re.escape(str(path / name))
-    words = rf"lgaf: {where}: expected .*, found.*; step-00000030 is damaged and passed over\n"
+    words = rf"lgaf: {where}: expected .*, found.*; step-00000030 is damaged and skipped\n"
     assert re.fullmatch(words, said)
     with pytest.raises(CheckpointError, match=rf"{where}: .* is damaged, use another"):
         checkpoint.locate(path, group=dist.group.WORLD)
@@ -160,13 +160,13 @@ def test_many_ranks_find_the_damage_together_and_say_it_once(run_dir, capfd):
     for name in FILES[:3]:
         flip_a_bit(path / name)
     assert run_ranks(newest, 2, run_dir) == [path.with_name("step-00000020")] * 2
-    assert capfd.readouterr().err.count("is damaged and passed over") == 1
+    assert capfd.readouterr().err.count("is damaged and skipped") == 1
 
 
 def test_no_good_checkpoint_is_an_error_and_no_new_beginning(run_dir, alone, capfd):
     for path in files.all_of(run_dir):
         truncate(path / "rank-1.bin")
-    with pytest.raises(CheckpointError, match="expected a whole checkpoint, found 2, all damaged"):
+    with pytest.raises(CheckpointError, match="expected an intact checkpoint, found 2, all damaged"):
         newest(0, run_dir)
     assert len(capfd.readouterr().err.splitlines()) == 2
 
@@ -181,7 +181,7 @@ def test_a_save_that_fails_leaves_nothing_and_all_ranks_know(run_dir, tmp_path):
     before = files.all_of(run_dir)
     failures = run_ranks(save_with_little_room, 3, run_dir)
     assert len(set(failures)) == 1
-    assert re.search(r"step-00000040 cannot be written by rank \d: .*; see that the disk", failures[0])
+    assert re.search(r"step-00000040 could not be written by rank \d: .*; check the disk", failures[0])
     assert sorted((run_dir / "checkpoints").iterdir()) == before
 
 
@@ -228,11 +228,13 @@ def of_another_name():
     ("other", "message"),
     [
         (of_another_shape, r"conv\.weight has shape \(4, 2\), expected \(4, 3\)"),
-        (of_another_name, r"fc\.weight is missing; backbone_weight\.conv\.weight is not of this model"),
+        (of_another_name, r"fc\.weight is missing; backbone_weight\.conv\.weight is not in this model"),
     ],
 )
 def test_another_model_is_refused(run_dir, alone, other, message):
-    with pytest.raises(CheckpointError, match=rf"step-00000030 is of another model: .*{message}"):
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000030: expected the tensors of this model, found .*: .*{message}"
+    ):
         checkpoint.load(latest(run_dir), other(), group=dist.group.WORLD)
 
 
@@ -245,7 +247,7 @@ def test_a_part_can_be_loaded_alone(run_dir, alone):
 def test_a_truncated_part_is_named(run_dir, alone):
     path = latest(run_dir)
     truncate(path / "rank-1.bin")
-    words = "step-00000030: a part of it cannot be read by rank 0: EOFError: expected .* more bytes"
+    words = "step-00000030: a part of it could not be read by rank 0: EOFError: expected .* more bytes"
     with pytest.raises(CheckpointError, match=words):
         checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
 
@@ -274,7 +276,7 @@ def test_a_write_that_fails_anywhere_in_a_file_says_why(nbytes, tmp_path, alone)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(said) == len(limits)
-    assert all("by rank 0: OSError: [Errno 27] File too large; see that the disk" in text for text in said)
+    assert all("by rank 0: OSError: [Errno 27] File too large; check the disk" in text for text in said)
     assert not list(files.folder_of(tmp_path).iterdir())
 
 
@@ -344,13 +346,13 @@ def tensor_with(**values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (outside("../step-00000020/rank-0.bin"), "the file name"),
-        (outside("/etc/hostname"), "the file name"),
-        (outside(".."), "the file name"),
-        (outside("checkpoint.json"), "the file name"),
-        (chunk_with(start=0), "expected 12 bytes a row from"),
-        (chunk_with(rows=1, length=12), "rows|expected 12 bytes a row"),
-        (chunk_with(length=8), "expected 12 bytes a row"),
+        (outside("../step-00000020/rank-0.bin"), "invalid file name"),
+        (outside("/etc/hostname"), "invalid file name"),
+        (outside(".."), "invalid file name"),
+        (outside("checkpoint.json"), "invalid file name"),
+        (chunk_with(start=0), "expected 12 bytes per row, starting at row"),
+        (chunk_with(rows=1, length=12), "rows|expected 12 bytes per row"),
+        (chunk_with(length=8), "expected 12 bytes per row"),
         (chunk_with(offset=1 << 40), "beyond the end of its file"),
         (chunk_with(offset=-1), "Chunk"),
         (chunk_with(offset=1.0), "Chunk"),
@@ -358,7 +360,7 @@ def tensor_with(**values):
         (tensor_with(dtype="object"), "dtype 'object'"),
         (tensor_with(shape=[1 << 62, 1 << 62]), "expected"),
         (tensor_with(chunks=[]), "0 rows"),
-        (lambda manifest: manifest.update(format=3), "format 3, of a newer lgaf"),
+        (lambda manifest: manifest.update(format=3), "format 3, which a newer lgaf wrote"),
         (lambda manifest: manifest.update(tensors=[]), "items"),
     ],
 )
@@ -388,5 +390,5 @@ def test_only_regular_files_are_opened(run_dir, alone, tmp_path, kind):
     else:
         victim.mkdir()
     assert re.search(r"rank-1\.bin: expected ", files.damage(path))
-    with pytest.raises(CheckpointError, match="a part of it cannot be read"):
+    with pytest.raises(CheckpointError, match="a part of it could not be read"):
         checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)

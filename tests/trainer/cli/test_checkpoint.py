@@ -46,11 +46,11 @@ def test_show_is_of_the_newest_or_the_one_named(run_dir):
 def test_verify_reads_every_byte_and_has_an_exit_code(run_dir):
     done = call("verify", run_dir)
     assert done.exit_code == 0
-    assert done.stdout.count("whole") == 3
+    assert done.stdout.count("intact") == 3
     (files.final_path(run_dir, 20) / "data").write_bytes(b"tensorz")
     done = call("verify", run_dir)
     assert done.exit_code == 1
-    assert done.stdout.count("whole") == 2
+    assert done.stdout.count("intact") == 2
     assert "step-00000020: damaged: " in done.stdout
     assert call("verify", files.final_path(run_dir, 30)).exit_code == 0
     assert call("verify", files.final_path(run_dir, 20)).exit_code == 1

@@ -33,9 +33,11 @@ SETS = [word for assignment in SMALL for word in ("--set", assignment)]
 
 def test_synth_writes_a_set_and_writes_it_once(tmp_path):
     said = run("synth", tmp_path / "a", *SETS)
-    assert said.startswith(f"{tmp_path / 'a'}: 12 images of 3 people, 4 pairs of 2 others (")
+    assert said.startswith(f"{tmp_path / 'a'}: 12 images of 3 identities, 4 pairs of 2 held-out identities (")
     assert open_catalog(tmp_path / "a").num_classes == 3
-    assert run("synth", tmp_path / "a", *SETS) == f"{tmp_path / 'a'} holds this set already; nothing to do\n"
+    assert (
+        run("synth", tmp_path / "a", *SETS) == f"{tmp_path / 'a'} holds this dataset already; nothing to do\n"
+    )
 
 
 def test_synth_takes_a_file_and_then_the_overrides(tmp_path):
@@ -67,7 +69,7 @@ def test_inspect_says_what_there_is_and_draws_it(dataset, tmp_path):
         "classes": "3",
         "property": "3 classes, 48x48 pixels",
         "labels": "0 to 2",
-        "images per class": "4 to 4, median 4, 0 without",
+        "images per class": "4 to 4, median 4, 0 empty",
         "damaged records": "0",
         "image sizes": "JPEG 48x48 RGB (12) in a sample of 12",
         "contact sheet": str(tmp_path / "sheets" / "sheet.png"),
@@ -115,7 +117,7 @@ def test_inspect_counts_classes_without_images_and_sizes_of_every_kind(tmp_path,
     said = run("inspect", folder, "--sheet", tmp_path / "s.png")
     assert "images            3 (keys 4 to 6)" in said
     assert "property          none" in said
-    assert "images per class  0 to 2, median 0.5, 2 without" in said
+    assert "images per class  0 to 2, median 0.5, 2 empty" in said
     assert "JPEG 48x48 RGB (2), PNG 20x10 L (1) in a sample of 3" in said
 
 
@@ -169,21 +171,21 @@ def test_pack(tmp_path, jpeg):
         (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
     said = run("pack", tmp_path / "in", tmp_path / "out", "--size", 48)
     size_mb = 2 * len(jpeg(1)) / 1e6
-    assert said == f"{tmp_path / 'out'}: 2 images of 2 identities, {size_mb:.1f} MB (2 kept as they were)\n"
+    assert said == f"{tmp_path / 'out'}: 2 images of 2 identities, {size_mb:.1f} MB (2 copied unchanged)\n"
     assert open_catalog(tmp_path / "out").image(1).tobytes() == jpeg(1)
 
 
 def test_pack_a_list_into_shards_and_convert_them(tmp_path, jpeg):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "list.csv").write_text("1.jpg,0\n1.jpg,1\n1.jpg,2\n")
-    with pytest.raises(ValueError, match=r"list\.csv: --hold-out 2 needs a folder of identities"):
+    with pytest.raises(ValueError, match=r"list\.csv: --hold-out 2 expects a folder of identities"):
         run("pack", tmp_path / "list.csv", tmp_path / "out", "--hold-out", 2)
     said = run("pack", tmp_path / "list.csv", tmp_path / "out", "--format", "tar", "--shard-samples", 2)
     assert said.startswith(f"{tmp_path / 'out'}: 3 images of 3 identities, ")
     assert run("convert", tmp_path / "out", tmp_path / "rec") == f"{tmp_path / 'rec'}: 3 images\n"
     words = ("convert", tmp_path / "rec", tmp_path / "tar", "--shard-samples", 2)
     assert run(*words) == f"{tmp_path / 'tar'}: 3 images\n"
-    assert run(*words) == f"{tmp_path / 'tar'}: 3 images, 3 of them there before\n"
+    assert run(*words) == f"{tmp_path / 'tar'}: 3 images, 3 of them converted before\n"
     shards = [{path.name: path.read_bytes() for path in (tmp_path / d).glob("[!.]*")} for d in ("out", "tar")]
     assert shards[0] == shards[1]
 

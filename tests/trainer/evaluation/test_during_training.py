@@ -41,14 +41,14 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(step, ranks, faces, suit
     words = train_words(run_dir, faces, *OPTIONS, f"evaluation.suite={suite}", "evaluation.batch_size=4")
     slow = f"""
         import pathlib, time
-        from trainer.loop import _Training
-        embed = _Training._embed
+        from trainer.loop import Training
+        embed = Training._embed
         def slowly(self, step, images_BCHW):
             if step == {step}:
                 pathlib.Path({str(begun)!r}).touch()
                 time.sleep(0.1)
             return embed(self, step, images_BCHW)
-        _Training._embed = slowly
+        Training._embed = slowly
     """
     with start([*patched(tmp_path, slow, ranks=ranks), *words]) as process:
         wait_for(begun.exists, process, timeout_s=300)

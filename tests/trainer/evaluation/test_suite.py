@@ -18,7 +18,7 @@ from tests.trainer.report.test_training import Page
 from trainer import backbones
 from trainer import config_file as settings
 from trainer.__main__ import app
-from trainer.backbones import BackboneConfig
+from trainer.backbones.iresnet import IResNetConfig
 from trainer.evaluation.suite import Suite, SuiteConfig
 from trainer.inference.alignment import aligned
 from trainer.inference.images import open_picture, resized, to_network
@@ -72,7 +72,7 @@ def data(tmp_path_factory):
 def network(tmp_path_factory):
     """A file of `lgaf checkpoint extract`, and the network in it."""
     torch.manual_seed(0)
-    config = BackboneConfig(name="iresnet", blocks=[1, 1, 1, 1], width=8, embedding_size=16, stem_stride=2)
+    config = IResNetConfig(blocks=[1, 1, 1, 1], width=8, embedding_size=16, stem_stride=2)
     model = backbones.build(config, SIZE).eval()
     path = tmp_path_factory.mktemp("network") / "network.pt"
     write_pt(Network(model, config, SIZE, 7), path)
@@ -253,4 +253,4 @@ def test_eval_wants_a_suite_or_pairs(options):
 
 def test_eval_of_pairs_has_no_keys_to_change():
     done = CliRunner().invoke(app, ["eval", "network.pt", "--pairs", "b.bin", "--set", "folder=x"])
-    assert "--set: expected with --suite" in str(done.exception)
+    assert "--set changes keys of a suite: expected --suite" in str(done.exception)

@@ -66,5 +66,5 @@ def test_eyes_are_found_in_the_same_place_at_any_size():
 
 @pytest.mark.parametrize("points", [np.full((5, 2), 3.0), np.full((5, 2), np.nan), np.array([[0, 0]] * 5)])
 def test_points_that_are_no_face_name_the_picture(points):
-    with pytest.raises(ValueError, match=r"folder/9\.jpg: expected the five points of a face, found"):
+    with pytest.raises(ValueError, match=r"folder/9\.jpg: expected the five landmarks of a face, found"):
         aligned(Image.new("RGB", (40, 40)), points, 112, "folder/9.jpg")

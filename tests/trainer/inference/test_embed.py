@@ -159,7 +159,8 @@ def test_a_first_batch_without_pictures(folder, network, tmp_path):
 
 def test_no_picture_at_all_is_an_error(folder, network, tmp_path):
     with pytest.raises(
-        ValueError, match=r"found 1 files and none that is one; the first: .*notes\.txt: no known image"
+        ValueError,
+        match=r"found 1 files of which none could be read as an image; .*: .*notes\.txt: no known image",
     ):
         embed_into(tmp_path / "faces.npz", network, [folder / "b/notes.txt"])
     (tmp_path / "empty").mkdir()
@@ -169,7 +170,7 @@ def test_no_picture_at_all_is_an_error(folder, network, tmp_path):
 
 
 def test_a_path_that_is_not_there_is_named(folder, network, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: expected a picture or a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected an image or a folder"):
         embed_into(tmp_path / "faces.npz", network, [folder, tmp_path / "nowhere"])
 
 
@@ -226,6 +227,6 @@ def test_the_command_goes_on_and_says_what_is_bad(folder, network, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert f"lgaf: {folder}/b/notes.txt: no known image format" in done.stderr
-    assert f"lgaf: 2 of 7 files are no pictures; {out} names all of them" in done.stderr
-    assert done.stdout == f"{out}: 5 pictures\n"
+    assert f"lgaf: 2 of 7 files could not be read as images; {out} lists all of them" in done.stderr
+    assert done.stdout == f"{out}: 5 images\n"
     assert str(read(out)["checkpoint"]) == str(tmp_path / "n.pt")

@@ -127,7 +127,9 @@ def test_a_disk_too_small_for_the_embeddings_is_told_before_they_are_written(mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(embedding.os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"room for 2\.0 GB of embeddings, found too little \(No space left"):
+    with pytest.raises(
+        OSError, match=r"expected 2\.0 GB of free space for embeddings, found less \(No space left"
+    ):
         embedding._array(1_000_000, 512)
 
 

@@ -105,7 +105,5 @@ def test_without_onnxruntime_nothing_is_claimed(tmp_path, monkeypatch):
 
 
 def test_there_must_be_a_folder_for_the_file(tmp_path):
-    with pytest.raises(
-        ValueError, match="expected a file to write in a folder that is there, found no folder"
-    ):
+    with pytest.raises(ValueError, match="expected a file to write in an existing folder, found no folder"):
         export.export(small_network(), tmp_path / "missing" / "n.pt2")

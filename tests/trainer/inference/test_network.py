@@ -51,7 +51,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(room, network, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(OSError, match=rf"^{re.escape(str(tmp_path / 'n.pt'))}: expected room to write"):
+        with pytest.raises(OSError, match=rf"^{re.escape(str(tmp_path / 'n.pt'))}: expected space to write"):
             extraction.write_pt(network, tmp_path / "n.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -70,7 +70,7 @@ def test_safetensors_say_what_images_they_take(network, tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"\0" * 99, b"PK\3\4 and no archive"])
 def test_what_is_no_network_is_named(tmp_path, name, damage):
     (tmp_path / name).write_bytes(damage)
-    with pytest.raises(ValueError, match=rf"{name}: expected a network as .* found: \S"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a network that .* found: \S"):
         extraction.load_backbone(tmp_path / name)
 
 

@@ -61,10 +61,10 @@ def test_a_killed_or_stopped_rank_is_named_by_the_other(number, rank, two_ranks)
     found = re.findall(r"^lgaf: rank (\d): (.*)$", said, re.MULTILINE)
     assert [speaker for speaker, _ in found] == [str(1 - rank)], said
     # Rank 0 keeps the store, without which the other knows of no difference between dead and stopped.
-    state = f"rank {rank} is dead or stopped; it" if rank else "rank 0 is gone or stopped; rank 0"
+    state = f"rank {rank} is dead or stopped; it" if rank else "rank 0 is dead or stopped; rank 0"
     assert re.search(rf"{state} was last seen {SEEN}$", found[0][1]), said
     if number == signal.SIGSTOP:
-        assert "nothing was done for 4 s" in said
+        assert "no progress was made for 4 s" in said
 
 
 def test_a_rank_that_waits_for_its_images_for_ever_is_named(faces, tmp_path):
@@ -86,7 +86,9 @@ def test_a_rank_that_waits_for_its_images_for_ever_is_named(faces, tmp_path):
     with start([*launcher, script, *train_words(tmp_path / "run", faces, *OPTIONS)]) as process:
         _, said = process.communicate(timeout=100)
     assert process.returncode == 1
-    expected = r"nothing was done for 4 s \(.*\); rank 1 got least far: after 5 steps, waiting for images$"
+    expected = (
+        r"no progress was made for 4 s \(.*\); rank 1 is furthest behind: after 5 steps, waiting for images$"
+    )
     assert len(re.findall(rf"^lgaf: rank [01]: {expected}", said, re.MULTILINE)) == 1, said
     assert said.count("lgaf: rank") == 1, said
 
@@ -99,7 +101,7 @@ def test_ranks_end_when_their_torchrun_is_killed(faces, tmp_path):
         process.kill()
         # The ranks have the same standard error, which is at its end when they are.
         _, said = process.communicate(timeout=60)
-    assert len(re.findall(r"lgaf: rank 1: .*torchrun is gone or stopped", said)) == 1, said
+    assert len(re.findall(r"lgaf: rank 1: .*torchrun is dead or stopped", said)) == 1, said
     assert not any(os.path.exists(f"/proc/{pid}") and not is_zombie(pid) for pid in ranks)
 
 
@@ -135,7 +137,7 @@ def test_slow_things_have_three_times_as_long(monkeypatch):
         first.note(1, "saving", is_slow=True)
         first.limit(0.1)
         assert over.wait(20)
-    assert ended[0] == "nothing was done for 0.3 s (watchdog.timeout_s)"
+    assert ended[0] == "no progress was made for 0.3 s (watchdog.timeout_s)"
 
 
 def test_nothing_beats_when_the_pulse_is_over(monkeypatch):

@@ -1,4 +1,4 @@
-"""IJB-B and IJB-C: templates of pictures and video frames, compared one to one and searched in galleries.
+"""IJB-B and IJB-C: templates of images and video frames, for verification and identification.
 
     IJBC/loose_crop/1.jpg, 2.jpg, ...                a face with a margin around it
     IJBC/meta/ijbc_name_5pts_score.txt               file, five points, the detector's confidence
@@ -7,8 +7,8 @@
               ijbc_1N_gallery_G1.csv, ..._G2.csv     template, subject, ...; a header, a line for each face
               ijbc_1N_probe_mixed.csv                the same
 
-and the same of `ijbb`, whose galleries are called S1 and S2. It is the layout of InsightFace's release, which
-recognition/arcface_torch/eval_ijbc.py and recognition/_evaluation_/ijb/ijb_1n.py in
+IJB-B has the same files with the prefix `ijbb`, and galleries S1 and S2. This is the layout of InsightFace's
+release, which recognition/arcface_torch/eval_ijbc.py and recognition/_evaluation_/ijb/ijb_1n.py in
 https://github.com/deepinsight/insightface read. The protocols: B. Maze et al., IARPA Janus Benchmark - C:
 face dataset and protocol, ICB 2018.
 
@@ -41,7 +41,7 @@ _GALLERIES = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
 
 
 class _Subjects(NamedTuple):
-    """Templates, as rows of the pooled ones, and whom they show."""
+    """Templates, as rows of the pooled templates, and their subjects."""
 
     template_P: np.ndarray
     subject_P: np.ndarray
@@ -50,7 +50,7 @@ class _Subjects(NamedTuple):
 class IJB(Protocol):
     """IJB-B or IJB-C in the folder that holds `loose_crop` and `meta`.
 
-    Raises ProtocolFileError for lists that are missing, broken or contradict each other.
+    Raises ProtocolFileError for lists that are missing, invalid or contradict each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class IJB(Protocol):
                 )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Scores "1:1" and "1:N"; see `Protocol.score`."""
+        """Return the scores "1:1" and "1:N"; see `Protocol.score`."""
         check_embeddings(emb_ND, self.faces)
         template_TD = pooled(emb_ND, self._template_N, self._medium_N, self._confidence_N)
         quality_T = np.linalg.norm(template_TD, axis=1)
@@ -142,13 +142,13 @@ class IJB(Protocol):
         return _Subjects(self._rows(id_P, path), subject_P)
 
     def _rows(self, id_P: np.ndarray, path: Path) -> np.ndarray:
-        """Where templates stand among the pooled ones."""
+        """Return the rows of templates among the pooled templates."""
         row_P = np.minimum(np.searchsorted(self._id_T, id_P), len(self._id_T) - 1).astype(np.int32)
         unknown_P = np.flatnonzero(self._id_T[row_P] != id_P)
         if len(unknown_P):
             raise ProtocolFileError(
                 f"{path}: expected templates that have a face, found {id_P[unknown_P[0]]} "
-                f"and {len(unknown_P) - 1} more that have none in the list of faces; "
+                f"and {len(unknown_P) - 1} more without one in the list of faces; "
                 "take both from one release"
             )
         return row_P
@@ -165,7 +165,7 @@ def _prefix(meta: Path) -> str:
 
 
 def _read_faces(meta: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """The two lists of faces, whose order is the same."""
+    """Read the two lists of faces, which must have the same order."""
     path, other_path = meta / f"{prefix}_name_5pts_score.txt", meta / f"{prefix}_face_tid_mid.txt"
     face_N = read_table(path, [("name", "S32"), ("landmark", "f4", (5, 2)), ("confidence", "f4")])
     media_N = read_table(other_path, [("name", "S32"), ("template", "i4"), ("medium", "i4")])
@@ -185,7 +185,7 @@ def _read_faces(meta: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _search(unit_TD: np.ndarray, probes: _Subjects, gallery: _Subjects) -> tuple[Search, np.ndarray]:
-    """The search of all probes in one gallery, and which probes have a mate there, bool [P]."""
+    """Return the search of all probes in one gallery, and the mask of probes with a mate there, bool [P]."""
     probe_M, gallery_M = mates(probes.subject_P, gallery.subject_P)
     similarity_M = pair_similarity(unit_TD, probes.template_P[probe_M], gallery.template_P[gallery_M])
     search = Search(len(probes.template_P), probe_M, similarity_M)

@@ -1,4 +1,4 @@
-"""Reading the lists of the official layouts: as arrays, and with the file and the line in every error."""
+"""Readers of the lists in the official layouts; their errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Columns = list[tuple[str, str] | tuple[str, str, tuple[int, ...]]]
 
 
 def read_table(path: Path, columns: Columns, *, delimiter: str | None = None, header: int = 0) -> np.ndarray:
-    """A structured array with the first columns of a text file, a record for each line that is not blank.
+    """Read the first columns of a text file to a structured array, one record per line that is not blank.
 
-    `columns` are the fields of the array; text is bytes (S). `header` lines are skipped. Raises
-    ProtocolFileError if the file cannot be read, is empty or has a line of another kind.
+    columns: the fields of the array; text is bytes (S). header: the number of lines to skip. Raises
+    ProtocolFileError if the file cannot be read, is empty or has an invalid line.
     """
     dtype = np.dtype(columns)
     size = sum(int(np.prod(dtype[name].shape)) for name in dtype.names or ())
     try:
         with open(path, encoding="latin-1") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of an empty file, which is told below
+            warnings.simplefilter("ignore", UserWarning)  # for an empty file, which is reported below
             table = np.loadtxt(
                 file, dtype, delimiter=delimiter, skiprows=header, usecols=range(size), ndmin=1, comments=None
             )
@@ -39,30 +39,30 @@ def read_table(path: Path, columns: Columns, *, delimiter: str | None = None, he
 
 
 def encoded(names: list[str]) -> np.ndarray:
-    """File names as bytes [N], in a third of the memory that a list of them takes."""
+    """Return file names as bytes [N], which need a third of the memory of a list of texts."""
     return np.array([os.fsencode(name) for name in names], "S")
 
 
 def listing(folder: Path) -> list[str]:
-    """Names of the files in a folder, sorted. Raises ProtocolFileError if it cannot be read or is empty."""
+    """Return the sorted names in a folder. Raises ProtocolFileError if it is unreadable or empty."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         raise missing(folder, error) from error
     if not names:
-        raise ProtocolFileError(f"{folder}: expected pictures, found none; unpack the data set here")
+        raise ProtocolFileError(f"{folder}: expected images, found none; unpack the data set here")
     return names
 
 
 def missing(path: Path, error: OSError) -> ProtocolFileError:
     return ProtocolFileError(
-        f"{path}: {error.strerror or error}; expected the official layout, as docs/evaluation.md shows it"
+        f"{path}: expected the official layout, found: {error.strerror or error}; see docs/evaluation.md"
     )
 
 
 def _bad_line(path: Path, dtype: np.dtype, delimiter: str | None, header: int, why: Exception) -> Exception:
-    """The error of the first line that does not fit; NumPy's own `why` counts some lines and some not."""
+    """Return the error of the first invalid line; NumPy's own line numbers in `why` skip some lines."""
     shapes = [(dtype[name].base.type, int(np.prod(dtype[name].shape))) for name in dtype.names or ()]
     kinds = [kind for kind, count in shapes for _ in range(count)]
     with open(path, encoding="latin-1") as file:
@@ -72,7 +72,7 @@ def _bad_line(path: Path, dtype: np.dtype, delimiter: str | None, header: int, w
                     f"{path}, line {number}: expected {_fields(dtype)}, found {line.strip()[:80]!r}; "
                     "copy the file again"
                 )
-    return ProtocolFileError(f"{path}: expected lines of {_fields(dtype)}: {why}; copy the file again")
+    return ProtocolFileError(f"{path}: expected lines of {_fields(dtype)}, found: {why}; copy the file again")
 
 
 def _fits(fields: list[str], kinds: list[type]) -> bool:

@@ -1,14 +1,14 @@
-"""MegaFace, challenge 1: one picture of a person searched among one other and up to a million strangers.
+"""MegaFace, challenge 1: identification of an image among one mate and up to a million distractors.
 
     facescrub_images/Michael_Landes/Michael_Landes_43667.png     the probes, cropped and aligned
     megaface_images/534/53415754@N00/37731000_1.jpg              the distractors, likewise
     devkit/templatelists/facescrub_features_list.json            {"path": [...], "id": [...]}, 3,530 probes
                          megaface_features_list.json_1000000_1   {"path": [...]}; also of 10, 100, ... 100000
-    facescrub_noises.txt, megaface_noises.txt                    optional: wrongly labelled pictures
+    facescrub_noises.txt, megaface_noises.txt                    optional: wrongly labelled images
 
-It is the layout of InsightFace's test pack, recognition/_evaluation_/megaface in
-https://github.com/deepinsight/insightface , beside the official devkit. I. Kemelmacher-Shlizerman et al., The
-MegaFace benchmark: 1 million faces for recognition at scale, CVPR 2016.
+This is the layout of InsightFace's test pack, recognition/_evaluation_/megaface in
+https://github.com/deepinsight/insightface , next to the official devkit. I. Kemelmacher-Shlizerman et al.,
+The MegaFace benchmark: 1 million faces for recognition at scale, CVPR 2016.
 
 Shapes: N faces, D dimensions, P probes, M ordered pairs of two probes of one person, C distractors.
 """
@@ -27,18 +27,18 @@ from trainer.evaluation.protocols.lists import encoded, missing
 
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FAR = 1e-6
-# The ROC ends here: impostor pairs are billions, of which the most similar ones are kept.
+# The end of the ROC: of billions of impostor pairs only the most similar ones are kept.
 _LARGEST_FAR = 1e-4
 _CURVE = 100
-# Products such as 1e-6 * 3e6 may miss a whole number by less than this.
+# The largest rounding error of products such as 1e-6 * 3e6.
 _ROUNDING = 1e-9
 
 
 class MegaFace(Protocol):
     """MegaFace in the folder that holds `facescrub_images`, `megaface_images` and `devkit`.
 
-    It takes the lists of distractors that are there, one or more of the six. Raises ProtocolFileError for
-    lists that are missing or broken, and if no person has two pictures.
+    It uses all available lists of distractors, one to six. Raises ProtocolFileError for lists that are
+    missing or invalid, and if no identity has two images.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class MegaFace(Protocol):
         sets = _read_distractors(lists, _read_noises(noises[1]))
         name_U, row = np.unique(np.concatenate(list(sets.values())), return_inverse=True)
         ends = np.cumsum([len(names) for names in sets.values()])[:-1]
-        # Rows of `faces`, which begin with the probes.
+        # Rows of `faces`; the first rows are the probes.
         self._sets = dict(zip(sets, np.split(len(probes) + row, ends), strict=True))
         self._label_P = np.unique(persons, return_inverse=True)[1]
         self.faces = Faces(
@@ -57,7 +57,7 @@ class MegaFace(Protocol):
         )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Scores "identification"; see `Protocol.score`."""
+        """Return the scores "identification"; see `Protocol.score`."""
         check_embeddings(emb_ND, self.faces)
         figures, curves = {}, {}
         for size, row_C in self._sets.items():
@@ -66,7 +66,7 @@ class MegaFace(Protocol):
             figures[f"rank_1_at_{size}"] = float(curves[f"{size} distractors"][0])
         impostors = len(self._label_P) * len(row_C)
         figures |= _tar_at_far(search.similarity_M, largest, impostors)
-        noise = f"without the pictures in {' and '.join(self._left_out)}" if self._left_out else "with noise"
+        noise = f"without the images in {' and '.join(self._left_out)}" if self._left_out else "with noise"
         return {
             "identification": Scores(
                 figures=figures,
@@ -81,7 +81,7 @@ class MegaFace(Protocol):
         }
 
     def _search(self, emb_ND: np.ndarray, row_C: np.ndarray) -> tuple[Search, np.ndarray]:
-        """The search among the distractors in these rows, and the largest similarities to them, rising."""
+        """Return the search among the distractors in `row_C`, and the largest similarities, ascending."""
         unit_PD = unit_rows(emb_ND[: len(self._label_P)])
         probe_M, mate_M = mates(self._label_P, self._label_P)
         probe_M, mate_M = probe_M[probe_M != mate_M], mate_M[probe_M != mate_M]
@@ -103,7 +103,7 @@ def _tar_at_far(genuine_M: np.ndarray, largest: np.ndarray, impostors: int) -> d
 
 
 def _roc(genuine_M: np.ndarray, largest: np.ndarray, impostors: int) -> tuple[np.ndarray, np.ndarray]:
-    """FAR and TAR at every similarity of a genuine pair above the least of the impostors' largest."""
+    """Return FAR and TAR at each genuine similarity above the lowest of the kept impostor similarities."""
     least_R, count_R = np.unique(genuine_M[genuine_M > largest[0]], return_counts=True)
     reaching_R = len(largest) - np.searchsorted(largest, least_R)
     far_R, tar_R = reaching_R[::-1] / impostors, np.cumsum(count_R[::-1]) / len(genuine_M)
@@ -120,12 +120,12 @@ def _read_probes(path: Path, noise: set[str]) -> tuple[list[str], list[str]]:
     kept = [i for i, name in enumerate(paths) if name.rpartition("/")[2] not in noise]
     paths, persons = [paths[i] for i in kept], [persons[i] for i in kept]
     if len(set(persons)) == len(persons):
-        raise ProtocolFileError(f"{path}: expected two pictures or more of a person, found one of each")
+        raise ProtocolFileError(f"{path}: expected two or more images of an identity, found one of each")
     return paths, persons
 
 
 def _read_distractors(lists: Path, noise: set[str]) -> dict[int, np.ndarray]:
-    """Names by the size of the list, the largest last."""
+    """Read the names by the size of their list, the largest last."""
     sets = {}
     for size in SIZES:
         path = lists / f"megaface_features_list.json_{size}_1"
@@ -160,7 +160,7 @@ def _read_list(path: Path, key: str) -> list[str]:
 
 
 def _read_noises(path: Path) -> set[str]:
-    """Names in a noise list, if there is one: a line's last field; lines that begin with # are remarks."""
+    """Read the names in a noise list, if it exists: the last field of each line without # at its start."""
     if not path.exists():
         return set()
     lines = path.read_text("utf-8", "surrogateescape").splitlines()

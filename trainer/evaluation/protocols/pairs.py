@@ -1,4 +1,4 @@
-"""Verification files (`lfw.bin`, ...) as a protocol: their pictures, judged pair by pair in ten folds."""
+"""Verification files (`lfw.bin`, ...) as a protocol: pairs of images, verified in ten folds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trainer.evaluation.protocol import Face, Protocol, Scores, check_embeddings
 
 TASK = "verification"
 _CONVENTION = (
-    "cosine of embeddings, flip test by addition; ten folds in the order of the file, each judged by the "
+    "cosine of embeddings, flip test by addition; ten folds in the order of the file, each with the "
     "threshold that is best on the other nine"
 )
 _FMR = 1e-3
 
 
 class _FacesInside(Sequence[Face]):
-    """The pictures of a verification file, named by their numbers."""
+    """The images of a verification file, named by their numbers."""
 
     def __init__(self, path: Path, images: list[bytes]) -> None:
         self._path, self._images = path, images
@@ -42,19 +42,19 @@ class _FacesInside(Sequence[Face]):
 
 
 class PairVerification(Protocol):
-    """The pairs of one verification file. Raises VerificationFileError if it is not one."""
+    """The pairs of one verification file. Raises VerificationFileError for any other file."""
 
     def __init__(self, path: Path) -> None:
         self.pairs: PairSet = read_pairs(path)
         self.faces = _FacesInside(path, self.pairs.images)
 
     def judge(self, emb_ND: np.ndarray) -> VerificationResult:
-        """Every pair judged. Raises ValueError if there are too few for ten folds, or as `score` does."""
+        """Verify every pair. Raises ValueError if there are too few pairs for ten folds, or as in `score`."""
         check_embeddings(emb_ND, self.faces)
         return verify(emb_ND, self.pairs.issame_P)
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """One task, "verification"."""
+        """Return the scores "verification"; see `Protocol.score`."""
         result = self.judge(emb_ND)
         norm_P2 = np.linalg.norm(emb_ND, axis=1).reshape(-1, 2)
         quality_G = norm_P2.min(axis=1)[result.issame_P]
@@ -66,7 +66,7 @@ class PairVerification(Protocol):
 
 
 def scores_of(result: VerificationResult) -> Scores:
-    """A result as other protocols have theirs."""
+    """Convert a verification result to `Scores`."""
     return Scores(
         result.summary(),
         _CONVENTION,

@@ -1,4 +1,4 @@
-"""SCFace: one good mugshot of 130 persons each, searched with pictures of five surveillance cameras.
+"""SCFace: images of five surveillance cameras, searched in a gallery of one mugshot each of 130 subjects.
 
     SCface_database/mugshot_frontal_original_all/001_frontal.jpg
                     surveillance_cameras_distance_1/cam_1/001_cam1_1.jpg       4.2 m away
@@ -6,7 +6,7 @@
                     surveillance_cameras_distance_3/cam_1/001_cam1_3.jpg       1.0 m
                     all.txt        name without suffix; x and y of both eyes, the tip of the nose, the mouth
 
-Two conventions are mixed in published tables, and both are given. M. Grgic, K. Delac and S. Grgic, SCface -
+Published tables mix two conventions; both are computed. M. Grgic, K. Delac and S. Grgic, SCface -
 surveillance cameras face database, Multimedia Tools and Applications 51(3), 2011; https://www.scface.org .
 
 Shapes: N faces, D dimensions, S subjects, P probes.
@@ -27,7 +27,7 @@ SUBJECTS = 130
 CAMERAS = (1, 2, 3, 4, 5)
 DISTANCES = (1, 2, 3)
 # Z. Lu, X. Jiang and A. Kot, Deep coupled ResNet for low-resolution face recognition, IEEE SPL 25(4), 2018,
-# fine-tune on 50 subjects and test on the other 80. They drew them at random; which is not published.
+# fine-tune on 50 subjects and test on the other 80. The subjects were drawn at random and are not published.
 _FINE_TUNED = 50
 _MUGSHOTS = "mugshot_frontal_original_all"
 
@@ -35,7 +35,7 @@ _MUGSHOTS = "mugshot_frontal_original_all"
 class SCFace(Protocol):
     """SCFace in its folder `SCface_database`: the mugshots, then each distance, camera by camera.
 
-    Raises ProtocolFileError for a picture or a line of coordinates that is missing.
+    Raises ProtocolFileError for a missing image or a missing line of coordinates.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class SCFace(Protocol):
         self.faces = Faces(folder, encoded(names), _landmarks(folder / "all.txt", names))
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Scores by the name of the convention; see `Protocol.score`."""
+        """Return scores by the name of the convention; see `Protocol.score`."""
         check_embeddings(emb_ND, self.faces)
         unit_ND = unit_rows(emb_ND)
         return {
@@ -86,22 +86,23 @@ def _cmc(unit_ND: np.ndarray, subject_S: np.ndarray, distance: int) -> np.ndarra
 
 
 def _pictures(folder: Path, inside: str, kind: str) -> list[str]:
-    """Paths below `folder` of all subjects' pictures of one kind; suffixes are written in either case."""
+    """Return paths relative to `folder` of all subjects' images of one kind; names match in either case."""
     found = {name.rpartition(".")[0].lower(): name for name in listing(folder / inside)}
     stems = [f"{subject:03d}_{kind}" for subject in range(1, SUBJECTS + 1)]
     absent = [stem for stem in stems if stem not in found]
     if absent:
         raise ProtocolFileError(
-            f"{folder / inside}: expected {SUBJECTS} pictures, found no {absent[0]}.jpg "
-            f"and {len(absent) - 1} more missing; unpack the whole data set"
+            f"{folder / inside}: expected {SUBJECTS} images, found no {absent[0]}.jpg "
+            f"and {len(absent) - 1} more missing; unpack the complete data set"
         )
     return [f"{inside}/{found[stem]}" for stem in stems]
 
 
 def _landmarks(path: Path, names: list[str]) -> np.ndarray:
-    """Float32 [N, 5, 2]. SCFace marks the mouth as one point; it stands here for both of its corners.
+    """Read the landmarks, float32 [N, 5, 2].
 
-    Twice one point draws the transform as its mean does, with twice the weight.
+    SCFace has a single point for the mouth, which is used for both of its corners here: in the least-squares
+    transform it then counts as one point of twice the weight.
     """
     line_L = read_table(path, [("name", "S64"), ("eyes_nose_mouth", "f4", (4, 2))])
     line_of = {name.decode("latin-1").lower(): line for line, name in enumerate(line_L["name"])}
@@ -109,11 +110,11 @@ def _landmarks(path: Path, names: list[str]) -> np.ndarray:
     absent = [stem for stem in stems if stem not in line_of]
     if absent:
         raise ProtocolFileError(
-            f"{path}: expected a line for every picture, found none for {absent[0]} "
-            f"and {len(absent) - 1} more; take the file from the data set"
+            f"{path}: expected a line for every image, found none for {absent[0]} "
+            f"and {len(absent) - 1} more; copy the file from the data set"
         )
     point_N42 = line_L["eyes_nose_mouth"][[line_of[stem] for stem in stems]]
-    # The list begins with the left eye; whose left, the order in the picture says.
+    # The list does not define its left eye: sort both eyes by their x in the image.
     crossed_N = point_N42[:, 0, 0] > point_N42[:, 1, 0]
     point_N42[crossed_N, :2] = point_N42[crossed_N, 1::-1]
     return point_N42[:, [0, 1, 2, 3, 3]]

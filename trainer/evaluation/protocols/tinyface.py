@@ -1,12 +1,12 @@
-"""TinyFace: faces of 20 pixels searched among those of the same persons and 153,428 strangers.
+"""TinyFace: faces of 20 pixels, searched among images of the same identities and 153,428 distractors.
 
-    Testing_Set/Probe/12_3.jpg                3,728 pictures; the name begins with the number of the person
-                Gallery_Match/12_1.jpg        4,443 pictures of the same persons
-                Gallery_Distractor/*.jpg      persons that no probe shows
+    Testing_Set/Probe/12_3.jpg                3,728 images; the name begins with the number of the identity
+                Gallery_Match/12_1.jpg        4,443 images of the same identities
+                Gallery_Distractor/*.jpg      images of identities without a probe
 
-The numbers in the names are those of the `.mat` lists beside them, and all that is read, as CVLface does
+The identities are read from the file names, which agree with the `.mat` lists, as CVLface does
 (run_v1/evaluations/tinyface in https://github.com/mk-minchul/CVLface ). Aligned copies in the same three
-folders, as AdaFace uses them, are read alike. The protocol: Z. Cheng, X. Zhu and S. Gong, Low-resolution face
+folders, as used by AdaFace, work as well. The protocol: Z. Cheng, X. Zhu and S. Gong, Low-resolution face
 recognition, ACCV 2018; https://qmul-tinyface.github.io .
 
 Shapes: N faces, D dimensions, P probes, G entries of the gallery.
@@ -31,7 +31,7 @@ _DISTRACTOR = -100
 class TinyFace(Protocol):
     """TinyFace in its `Testing_Set`.
 
-    Raises ProtocolFileError if a folder is missing or empty, a name has no person, or a probe no mate.
+    Raises ProtocolFileError if a folder is missing or empty, a name has no number, or a probe has no mate.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,8 +42,8 @@ class TinyFace(Protocol):
         alone_P = np.flatnonzero(~np.isin(self._label_P, label_G))
         if len(alone_P):
             raise ProtocolFileError(
-                f"{folder / 'Probe' / probes[alone_P[0]]}: expected another picture of this person in "
-                f"{folder / 'Gallery_Match'}, found none; unpack the whole test set"
+                f"{folder / 'Probe' / probes[alone_P[0]]}: expected another image of this identity in "
+                f"{folder / 'Gallery_Match'}, found none; unpack the complete test set"
             )
         self._label_G = np.append(label_G, np.full(len(distractors), _DISTRACTOR))
         self.faces = Faces(
@@ -56,7 +56,7 @@ class TinyFace(Protocol):
         )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Scores "identification"; see `Protocol.score`."""
+        """Return the scores "identification"; see `Protocol.score`."""
         check_embeddings(emb_ND, self.faces)
         search = self._search(emb_ND)
         curve = cmc(search.first_rank(), _CURVE)
@@ -65,7 +65,7 @@ class TinyFace(Protocol):
             "identification": Scores(
                 figures=figures | {"map": float(search.average_precision().mean())},
                 convention=(
-                    "1:N closed set over all matched pictures and distractors, not fine-tuned on TinyFace; "
+                    "1:N closed set over all matched images and distractors, not fine-tuned on TinyFace; "
                     "rank of the first mate, mean average precision by the trapezoidal rule"
                 ),
                 cmc={"all probes": curve},
@@ -90,8 +90,8 @@ def _persons(folder: Path, names: list[str]) -> np.ndarray:
         person = name.split("_")[0]
         if not (person.isascii() and person.isdigit() and "_" in name):
             raise ProtocolFileError(
-                f"{folder / name}: expected a name like 12_3.jpg that begins with the number of the person; "
-                "take the names of the official download"
+                f"{folder / name}: expected a name such as 12_3.jpg that begins with the number of the "
+                "identity; use the names of the official download"
             )
         person_N[i] = int(person)
     return person_N

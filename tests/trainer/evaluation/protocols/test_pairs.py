@@ -56,5 +56,5 @@ def test_rejecting_pairs_with_a_short_embedding_first_takes_the_errors_away(prot
 def test_an_embedding_without_direction_is_named_by_its_picture(protocol):
     emb_ND = embeddings()
     emb_ND[7] = np.nan
-    with pytest.raises(ValueError, match=r"set\.bin/image 7: expected an embedding with a direction"):
+    with pytest.raises(ValueError, match=r"set\.bin/image 7: expected a finite embedding other than zero"):
         protocol.score(emb_ND)

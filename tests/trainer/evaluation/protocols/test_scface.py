@@ -83,7 +83,7 @@ def test_what_is_missing_is_named(folder):
     path = folder / "surveillance_cameras_distance_2" / "cam_3" / "077_cam3_2.jpg"
     path.unlink()
     with pytest.raises(
-        ProtocolFileError, match=r"cam_3: expected 130 pictures, found no 077_cam3_2\.jpg and 0 more"
+        ProtocolFileError, match=r"cam_3: expected 130 images, found no 077_cam3_2\.jpg and 0 more"
     ):
         SCFace(folder)
     put_picture(path)
@@ -91,7 +91,7 @@ def test_what_is_missing_is_named(folder):
     lines = coordinates.read_text()
     coordinates.write_text(lines.replace("077_cam3_2\t", "777_cam3_2\t"))
     with pytest.raises(
-        ProtocolFileError, match=r"all\.txt: expected a line for every picture, found none for 077_cam3_2"
+        ProtocolFileError, match=r"all\.txt: expected a line for every image, found none for 077_cam3_2"
     ):
         SCFace(folder)
     coordinates.write_text(lines)

@@ -1,0 +1,80 @@
+"""Configurations saved before kinds owned their keys: the same margin and network come out."""
+
+import pytest
+
+from trainer.config import RunConfig
+from trainer.saved_config import from_saved, translated_backbone
+
+# As the manifests of format 1 and the first of format 2 hold them: every kind's keys side by side.
+MARGIN = {
+    "kind": "arcface",
+    "m": 0.4,
+    "combined": {"m1": 1.5, "m2": 0.3, "m3": 0.2},
+    "adaface": {"h": 0.5, "momentum": 0.02},
+    "magface": {"norm_low": 9.0, "norm_high": 110.0, "m_low": 0.45, "m_high": 0.8, "regulariser": 35.0},
+    "curricularface": {"momentum": 0.03},
+}
+BACKBONE = {
+    "name": "lgaf",
+    "depth": 18,
+    "blocks": [1, 1, 1, 1],
+    "width": 16,
+    "stem_stride": 2,
+    "embedding_size": 32,
+    "dropout": 0.1,
+    "weights": None,
+    "recompute": True,
+    "vit": {"size": "S", "patch": 8, "drop_path": 0.1, "mask_ratio": 0.0},
+    "local_only": True,
+    "mhms": {"stage": 3, "heads": [[1, 3]]},
+    "lgf": {"clip": 2.0},
+}
+SAVED = {"run_dir": "run", "global_batch": 8, "steps": 1, "data": {"path": ["data"]}}
+
+
+def saved(kind, name):
+    head = {"margin": {**MARGIN, "kind": kind}, "scale": 32.0}
+    return {**SAVED, "head": head, "backbone": {**BACKBONE, "name": name}}
+
+
+MARGINS = {
+    "arcface": {"m": 0.4},
+    "arcface-straight-through": {"m": 0.4},
+    "cosface": {"m": 0.4},
+    "combined": MARGIN["combined"],
+    "adaface": {"m": 0.4, **MARGIN["adaface"]},
+    "magface": MARGIN["magface"],
+    "curricularface": {"m": 0.4, "momentum": 0.03},
+}
+
+
+@pytest.mark.parametrize("kind", MARGINS)
+def test_a_saved_margin_keeps_the_keys_of_its_kind(kind):
+    found = from_saved(saved(kind, "lgaf"))
+    assert found.head.margin.model_dump() == {"kind": kind, **MARGINS[kind]}
+    assert found.head.scale == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("lgaf", ("depth", "width", "stem_stride", "local_only", "mhms", "lgf")),
+        ("iresnet", ("depth", "width", "stem_stride")),
+        ("vit", ("size", "patch", "drop_path", "mask_ratio")),
+    ],
+)
+def test_a_saved_network_keeps_the_keys_of_its_name(name, own):
+    found = from_saved(saved("arcface", name)).backbone
+    dumped, expected = found.model_dump(mode="json"), {**BACKBONE, **BACKBONE["vit"]}
+    assert dumped["name"] == name
+    for key in (*own, "embedding_size", "dropout", "recompute"):
+        part = {k: dumped[key][k] for k in expected[key]} if isinstance(expected[key], dict) else dumped[key]
+        assert part == expected[key], key
+    assert not set(dumped) & ({"depth", "size", "mhms"} - set(own))
+
+
+def test_the_present_form_stays_as_it_is():
+    config = from_saved(saved("magface", "vit"))
+    dumped = config.model_dump(mode="json")
+    assert from_saved(dumped) == config == RunConfig.model_validate(dumped)
+    assert translated_backbone(dumped["backbone"]) == dumped["backbone"]
