@@ -237,11 +237,26 @@ def words(options: argparse.Namespace, name: str) -> list[str]:
     backbone = dict(NETWORKS[name])
     if name == "twin":
         backbone["width"] = options.twin_width
-    given = {"data.path": str(options.folder / "people"), "run_dir": str(options.folder / "run")}
+    given: dict[str, object] = {}
+    if backbone.pop("name", None) == "iresnet":
+        # The file's table is LGAF's, and has keys that an IResNet has not.
+        given["backbone"] = plain_trunk(run_config.load(CONFIG, []).backbone).model_dump(exclude={"weights"})
+    given |= {"data.path": str(options.folder / "people"), "run_dir": str(options.folder / "run")}
     if options.large:
         given |= LARGE | {"data.shards": [painted_while_training(LARGE_PEOPLE)]}
     given |= {f"backbone.{key}": value for key, value in backbone.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items()] + options.set
+    return [f"{key}={as_toml(value)}" for key, value in given.items()] + options.set
+
+
+def plain_trunk(config: BackboneConfig) -> IResNetConfig:
+    """The trunk of an LGAF by itself."""
+    return IResNetConfig(**config.model_dump(include=set(IResNetConfig.model_fields) - {"name"}))
+
+
+def as_toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {as_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def painted_while_training(people: SynthConfig) -> str:
@@ -269,8 +284,7 @@ def twin_width(options: argparse.Namespace) -> int:
     config = configured(options, "lgaf")
     size, width = config.data.image_size, config.backbone.width
     goal = operations(config.backbone, size)
-    shared = config.backbone.model_dump(include=set(IResNetConfig.model_fields) - {"name"})
-    plain = IResNetConfig(**shared)
+    plain = plain_trunk(config.backbone)
     while operations(plain.model_copy(update={"width": width}), size) < goal:
         width += 1
     return width

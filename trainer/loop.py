@@ -178,6 +178,8 @@ class Training:
         Raises ValueError, on all ranks alike, if that would only lead here again, or there is none.
         """
         self.ranks.pulse.note(failed_step, "going back to a checkpoint", is_slow=True)
+        # Whether it goes back or ends: a save that runs may be the last good one.
+        self.checkpoints.wait()
         restored = self.checkpoints.restore() if self.divergence.may_roll_back(failed_step) else None
         if restored is None:
             rate = self.schedule.learning_rate(failed_step - 1)

@@ -14,7 +14,7 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     """
     tree = {**saved, "backbone": translated_backbone(saved.get("backbone", {}))}
     margin = saved.get("head", {}).get("margin", {})
-    if "magface" in margin:
+    if "magface" in margin and margin.get("kind") in _MARGIN_KEYS:
         tree["head"] = {**saved["head"], "margin": _of_its_kind(margin, "kind", _MARGIN_KEYS)}
     return RunConfig.model_validate(tree)
 
@@ -38,7 +38,8 @@ _BACKBONE_KEYS: dict[str, set[str]] = {
 
 def translated_backbone(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a saved backbone in the present form, whatever version of lgaf has written them."""
-    if "vit" not in saved:
+    is_old = "vit" in saved or ("mhms" in saved and saved.get("name") != "lgaf")
+    if not is_old or saved.get("name") not in _BACKBONE_KEYS:
         return saved
     shared = {"embedding_size", "dropout", "weights", "recompute"}
     keys = {name: own | shared for name, own in _BACKBONE_KEYS.items()}
@@ -48,4 +49,6 @@ def translated_backbone(saved: dict[str, Any]) -> dict[str, Any]:
 def _of_its_kind(saved: dict[str, Any], tag: str, keys: dict[str, set[str]]) -> dict[str, Any]:
     kind = saved[tag]
     own = saved.get(kind, {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{kind}: expected a table, found {own!r:.80}")
     return {tag: kind, **{key: saved[key] for key in keys[kind] if key in saved}, **own}

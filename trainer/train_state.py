@@ -53,6 +53,7 @@ class Checkpoints:
         )
         self.prepare = lambda: self._saver.prepare(state.state())
         self.look, self.has_saved, self.close = self._saver.look, self._saver.has_saved, self._saver.close
+        self.wait = self._saver.wait
 
     def save(self, step: int, cursor: list[list[int]] | None, *, is_last: bool) -> None:
         """Save the state after `step` steps; the last save is on the disk when this returns."""
@@ -64,7 +65,6 @@ class Checkpoints:
 
     def restore(self) -> tuple[Path, Header] | None:
         """Bring the state to where the newest checkpoint has it; None if there is no checkpoint."""
-        self._saver.wait()
         latest = newest_checkpoint(self._config, self._ranks)
         return None if latest is None else (latest, self._state.restore(latest, self._ranks))
 

@@ -78,3 +78,9 @@ def test_the_present_form_stays_as_it_is():
     dumped = config.model_dump(mode="json")
     assert from_saved(dumped) == config == RunConfig.model_validate(dumped)
     assert translated_backbone(dumped["backbone"]) == dumped["backbone"]
+
+
+def test_an_iresnet_from_before_the_vit_is_read():
+    old = {key: value for key, value in BACKBONE.items() if key not in ("vit", "local_only")}
+    found = from_saved({**SAVED, "backbone": {**old, "name": "iresnet"}}).backbone
+    assert (found.name, found.width, found.dropout) == ("iresnet", 16, 0.1)

@@ -64,6 +64,7 @@ def convert(checkpoint: Path) -> None:
     If the process is killed, one of the two checkpoints remains. Raises CheckpointError if the checkpoint is
     damaged or was not written by torch.
     """
+    checkpoint = checkpoint.resolve()
     manifest = files.read_manifest(checkpoint)
     problem = files.damage(checkpoint)
     if problem is not None:
@@ -98,9 +99,13 @@ def convert(checkpoint: Path) -> None:
 def _copy(
     source: io.FileIO, target: SummedFile, out: str, chunk: _OldChunk, shape: tuple[int, ...]
 ) -> storage.Table:
+    # One read returns less than 2 GiB.
+    if chunk.offset + chunk.length > os.fstat(source.fileno()).st_size:
+        raise ValueError(f"a chunk of {chunk.tensor} beyond the end of its file")
+    content = bytearray(chunk.length)
     source.seek(chunk.offset)
-    content = io.BytesIO(source.read(chunk.length))
-    tensor = torch.load(content, map_location="cpu", weights_only=True)
+    storage.read_exactly(source, memoryview(content))
+    tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.shape:
         raise ValueError(f"a chunk of {chunk.tensor} that is not a tensor of shape {chunk.shape}")
     where = Chunk(chunk.start, chunk.shape[0] if chunk.shape else 1, out, target.tell(), tensor.nbytes)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.common.atomic_write import write_through
-from trainer.checkpoint.checksummed_file import FileSum
+from trainer.checkpoint.checksummed_file import FileSum, open_regular
 
 MANIFEST = "checkpoint.json"
 # Format 1 has no `format` in its manifest, and describes its tensors in torch's pickle: see convert.py.
@@ -43,7 +43,10 @@ ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+# A chunk takes some 150 bytes of it: room for a thousand tensors on each of a thousand ranks.
+_LARGEST_MANIFEST = 256 << 20
 _NAME = re.compile(r"step-(\d+)")
+_CRC32 = re.compile(r"[0-9a-f]{8}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 
 
@@ -164,7 +167,7 @@ def publish(
 ) -> None:
     """Write the manifest for the files in `partial`, which are on the disk already, and rename it to `final`.
 
-    An existing checkpoint of that name is replaced. `clean` restores it after a kill between the two renames.
+    An existing checkpoint of that name is replaced; `restore` undoes what a kill between the renames leaves.
     """
     manifest = Manifest(header, time.time(), files, tensors)
     _check(manifest)
@@ -173,18 +176,27 @@ def publish(
     before = final.with_name(f".{final.name}.old")
     if final.exists():
         os.replace(final, before)
-    os.replace(partial, final)
+    try:
+        os.replace(partial, final)
+    except OSError:
+        restore(final.parent)
+        raise
     _sync_folder(final.parent)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Rename checkpoints back that a process was about to replace when it was killed. Raises OSError."""
+    for path in folder.glob(".*.old"):
+        final = path.with_name(path.name[1:].removesuffix(".old"))
+        if not final.exists() and (path / MANIFEST).exists():
+            os.replace(path, final)
 
 
 def clean(run_dir: Path) -> None:
     """Remove the remains of killed or failed saves; a save in progress is abandoned."""
     with contextlib.suppress(OSError):  # if the file system is unavailable, the next save reports it
-        for path in folder_of(run_dir).glob(".step-*.old"):
-            final = path.with_name(path.name[1:].removesuffix(".old"))
-            if not final.exists():
-                os.replace(path, final)
+        restore(folder_of(run_dir))
         for gone in folder_of(run_dir).glob(".step-*.gone"):
             shutil.rmtree(gone, ignore_errors=True)
         for path in folder_of(run_dir).glob(".step-*"):
@@ -223,17 +235,22 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read the manifest. Raises CheckpointError if it is missing, damaged, or of a newer format."""
     path = checkpoint / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            raw = file.read(_LARGEST_MANIFEST + 1)
+        if len(raw) > _LARGEST_MANIFEST:
+            raise ValueError(f"more than {_LARGEST_MANIFEST} bytes")
+        text = raw.decode()
         held = json.loads(text)
         if held.get("format", 1) not in (1, FORMAT):
             raise ValueError(f"format {held['format']!r}, which a newer lgaf wrote")
         manifest = _parsed(held)
         _check(manifest)
+        is_sealed = _sealed(manifest) == text
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error!r}") from error
-    if _sealed(manifest) != text:
+    if not is_sealed:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found one that was modified")
     return manifest
 
@@ -261,7 +278,17 @@ def _parsed(held: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise ValueError unless each row of each tensor is stored exactly once, inside a file."""
+    """Raise ValueError unless values have their types and every row of every tensor is described once."""
+    header = manifest.header
+    if not _is_count(header.step) or type(manifest.time_s) is not float:
+        raise ValueError(f"step {header.step!r}, written at {manifest.time_s!r}")
+    if not all(isinstance(table, dict) for table in (header.config, header.dataset, header.versions)):
+        raise ValueError("a configuration, dataset or versions that is no table")
+    if header.cursor is not None and not all(map(_is_count, (n for row in header.cursor for n in row))):
+        raise ValueError(f"the cursor {header.cursor!r}")
+    for name, entry in manifest.files.items():
+        if not _is_count(entry.size) or not _CRC32.fullmatch(entry.crc32):
+            raise ValueError(f"size {entry.size!r} and CRC-32 {entry.crc32!r} of {name!r}")
     for name in manifest.files:
         if name == MANIFEST or not _PLAIN.fullmatch(name) or not name.strip("."):
             raise ValueError(f"invalid file name {name!r}")

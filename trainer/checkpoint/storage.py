@@ -121,11 +121,12 @@ def _read_rows(file: io.FileIO, offset: int, tensor: StoredTensor, target: torch
     for piece in rows.split(step):
         if piece.numel():
             content = bytearray(len(piece) * tensor.row_bytes)
-            _fill(file, memoryview(content))
+            read_exactly(file, memoryview(content))
             piece.copy_(torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(piece.shape))
 
 
-def _fill(file: io.FileIO, content: memoryview) -> None:
+def read_exactly(file: io.FileIO, content: memoryview) -> None:
+    """Fill `content` from a file. Raises EOFError if the file ends before."""
     while content:
         count = file.readinto(content)
         if not count:

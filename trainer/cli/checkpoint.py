@@ -63,11 +63,21 @@ def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
     """Convert a checkpoint, or all of a run, from format 1 (pickled metadata) to the current format."""
     from trainer.checkpoint import convert as checkpoint_convert
 
+    # A conversion that was killed may have left a checkpoint under its temporary name.
+    for folder in (files.folder_of(checkpoint), checkpoint.resolve().parent):
+        files.restore(folder)
+    has_failed = False
     for one in _chosen(checkpoint):
-        is_old = files.read_manifest(one).format != files.FORMAT
-        if is_old:
-            checkpoint_convert.convert(one)
-        typer.echo(f"{one.name}: {'converted' if is_old else 'has the current format already'}")
+        try:
+            is_old = files.read_manifest(one).format != files.FORMAT
+            if is_old:
+                checkpoint_convert.convert(one)
+            typer.echo(f"{one.name}: {'converted' if is_old else 'has the current format already'}")
+        except files.CheckpointError as error:
+            has_failed = True
+            typer.echo(f"{one.name}: not converted: {error}", err=True)
+    if has_failed:
+        raise typer.Exit(1)
 
 
 @app.command()

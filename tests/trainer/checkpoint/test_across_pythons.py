@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.conftest import ROOT
+from trainer.checkpoint import directory as files
 
 # Interpreters of environments in which the project's dependencies are installed, separated as in PATH.
 PYTHONS = [sys.executable, *filter(None, os.environ.get("LGAF_PYTHONS", "").split(os.pathsep))]
@@ -41,6 +42,10 @@ def test_each_reads_what_each_has_written(written, writer, reader):
 
 
 def test_all_write_the_same_bytes(written):
-    contents = [(folder / "checkpoints/step-00000004/rank-1.bin").read_bytes() for folder in written.values()]
-    assert len(contents[0]) > 20
-    assert set(contents) == {contents[0]}
+    checkpoints = [folder / "checkpoints" / "step-00000004" for folder in written.values()]
+    for name in ("rank-0.bin", "rank-1.bin"):
+        contents = [(checkpoint / name).read_bytes() for checkpoint in checkpoints]
+        assert len(contents[0]) > 20
+        assert set(contents) == {contents[0]}
+    manifests = [files.read_manifest(checkpoint) for checkpoint in checkpoints]
+    assert all((m.files, m.tensors) == (manifests[0].files, manifests[0].tensors) for m in manifests)

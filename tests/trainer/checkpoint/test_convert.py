@@ -260,3 +260,22 @@ def test_a_checkpoint_without_room_to_rewrite_stays(old_run, monkeypatch):
         checkpoint_convert.convert(checkpoint)
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_a_conversion_that_was_killed_between_its_renames_is_restored(old_run):
+    checkpoint = files.final_path(old_run, 2)
+    checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old"))
+    done = run("checkpoint", "convert", checkpoint)
+    assert done.stdout == "step-00000002: converted\n", done.stderr
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_one_that_cannot_be_converted_does_not_keep_others_from_it(old_run, tmp_path):
+    checkpoint = files.final_path(old_run, 2)
+    damaged = shutil.copytree(checkpoint, files.final_path(old_run, 1))
+    (damaged / "__0_0.distcp").write_bytes(b"damaged")
+    done = run("checkpoint", "convert", old_run)
+    assert done.returncode == 1
+    assert done.stdout == "step-00000002: converted\n"
+    assert "step-00000001: not converted: " in done.stderr
+    assert files.damage(checkpoint) is None

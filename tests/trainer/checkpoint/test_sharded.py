@@ -362,6 +362,12 @@ def tensor_with(**values):
         (tensor_with(chunks=[]), "0 rows"),
         (lambda manifest: manifest.update(format=3), "format 3, which a newer lgaf wrote"),
         (lambda manifest: manifest.update(tensors=[]), "items"),
+        (lambda manifest: manifest.update(step="30"), "step '30'"),
+        (lambda manifest: manifest.update(time_s=None), "written at None"),
+        (lambda manifest: manifest.update(config=[1]), "no table"),
+        (lambda manifest: manifest.update(cursor=[["0"]]), "cursor"),
+        (lambda manifest: manifest["files"]["rank-0.bin"].update(size="x"), "size 'x'"),
+        (lambda manifest: manifest["files"]["rank-0.bin"].update(crc32="\x1b[2Jaaaa"), r"CRC-32 '\\\\x1b"),
     ],
 )
 def test_a_crafted_manifest_is_refused(run_dir, alone, change, message):
@@ -392,3 +398,25 @@ def test_only_regular_files_are_opened(run_dir, alone, tmp_path, kind):
     assert re.search(r"rank-1\.bin: expected ", files.damage(path))
     with pytest.raises(CheckpointError, match="a part of it could not be read"):
         checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
+
+
+def test_a_deeply_nested_manifest_is_damaged_and_no_traceback(run_dir, alone):
+    path = latest(run_dir)
+    text = (path / "checkpoint.json").read_text()
+    for depth in (600, 100_000):
+        nested = "[" * depth + "]" * depth
+        (path / "checkpoint.json").write_text(text.replace('"seed": 1', f'"seed": {nested}'))
+        assert "checkpoint.json: expected a checkpoint's manifest, found" in files.damage(path)
+    assert newest(0, run_dir).name == "step-00000020"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_manifest_that_is_no_regular_file_is_not_opened(run_dir, alone, kind):
+    manifest = latest(run_dir) / "checkpoint.json"
+    manifest.unlink()
+    if kind == "pipe":
+        os.mkfifo(manifest)
+    else:
+        manifest.symlink_to("/dev/zero")
+    assert "checkpoint.json: expected a checkpoint's manifest, found" in files.damage(manifest.parent)
+    assert newest(0, run_dir).name == "step-00000020"

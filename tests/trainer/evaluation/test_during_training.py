@@ -80,7 +80,7 @@ def check_the_finished(run_dir):
 
 def test_sets_and_suite_must_have_different_names(faces, suite):
     with pytest.raises(ValueError, match=r"suite.toml: expected other names than those of .*, found again"):
-        Evaluation({"again": faces / "held_out.bin"}, suite)
+        Evaluation({"again": faces / "held_out.bin"}, suite, image_size=48, batch_size=8)
 
 
 def test_prometheus_sees_the_figures_by_protocol_and_task():

@@ -175,7 +175,7 @@ def line_is_replaced(path, line, text):
             "template_pair_label.txt",
             6,
             "30 91 1_0",
-            "expected lines of template, other_template, label, found: ",
+            "lines of template, other_template, label, found: ",
         ),
         (
             "template_pair_label.txt",
