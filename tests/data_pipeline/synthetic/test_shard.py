@@ -1,6 +1,7 @@
 """A set that is streamed in parts while it is painted is the set that is written, each picture once."""
 
 import io
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 CONFIG = SynthConfig(
     seed=3, identities=7, images_per_identity=11, held_out_identities=2, pairs=2, image_size=32
 )
-PAINT = f"{sys.executable} -m trainer data paint"
+PAINT = f"{shlex.quote(sys.executable)} -m trainer data paint"
 KEYS = "--set seed=3 --set identities=7 --set images_per_identity=11 --set image_size=32"
 
 
@@ -51,7 +52,7 @@ def test_a_part_is_the_same_bytes_on_any_number_of_processes():
 
 
 def test_more_parts_than_pictures_are_refused():
-    done = subprocess.run([*PAINT.split(), "0/78", *KEYS.split()], capture_output=True, text=True)
+    done = subprocess.run([*shlex.split(PAINT), "0/78", *KEYS.split()], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("lgaf: 0/78: expected at most as many parts as images, found 77 images (")
     assert not done.stdout
@@ -59,7 +60,7 @@ def test_more_parts_than_pictures_are_refused():
 
 @pytest.mark.parametrize("part", ["3/3", "1", "-1/3", "a/b"])
 def test_a_part_that_there_is_not_is_refused(part):
-    done = subprocess.run([*PAINT.split(), "--", part], capture_output=True, text=True)
+    done = subprocess.run([*shlex.split(PAINT), "--", part], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"lgaf: {part}: expected a part and the number of parts, such as 0/50 or 49/50\n"
     assert not done.stdout
