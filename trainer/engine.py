@@ -317,7 +317,8 @@ def _initialize(
 def _compile(model: Backbone) -> None:
     """Compile the model in place, at its first batch; modules and parameters keep their names.
 
-    Raises ValueError if there is no C++ compiler; torch would report that only in the middle of a step.
+    Raises ValueError if there is no C++ compiler, or if the path of torch has a space, which torch does not
+    quote for the compiler; torch would report either only in the middle of a step.
     """
     # Imported here: the imports are slow, and only compilation needs them.
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -330,6 +331,11 @@ def _compile(model: Backbone) -> None:
             "engine.compile needs a C++ compiler, found none: install g++, name another in the environment "
             "variable CXX, or set engine.compile = false"
         ) from error
+    if " " in torch.__file__:
+        raise ValueError(
+            f"engine.compile: expected torch in a folder without spaces in its path, found {torch.__file__}; "
+            "move the environment, or set engine.compile = false"
+        )
     model.compile()
 
 
