@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from partial_fc import head, margin
+from partial_fc import head
 from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
 from partial_fc.streaming import Streaming
@@ -123,7 +123,7 @@ def one_shard_of_many(rows):
     from partial_fc.kernels import Kernels
     from partial_fc.sampling import Sample
 
-    chosen = margin.build(HeadConfig().margin, "cpu")
+    chosen = HeadConfig().margin.build("cpu")
     device = "cuda" if ON_GPU else "cpu"
     dice = torch.Generator().manual_seed(2)
     weight_RD = torch.randn(rows, 12, generator=dice).to(device)
