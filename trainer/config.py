@@ -249,7 +249,7 @@ def files_by_name(files: Sequence[Path]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happens at which step: number of steps, intervals in steps, and the learning rate of each step."""
+    """Number of steps of a run, intervals between its events in steps, and the learning rate of each step."""
 
     seed: int
     steps: int

@@ -1,4 +1,4 @@
-"""What a process of a job does, however it was launched: join the other ranks, then train or evaluate."""
+"""Entry points of a process of a job, however launched: join the other ranks, then train or evaluate."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ import pickle
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from trainer.checkpoint import directory as files
 from trainer.checkpoint import storage
 from trainer.checkpoint.checksummed_file import FileSum, SummedFile, open_regular
-from trainer.checkpoint.directory import CheckpointError, Chunk, StoredTensor
+from trainer.checkpoint.directory import CheckpointError
 
 _METADATA = ".metadata"
 _CLASSES = {
@@ -78,11 +78,8 @@ def convert(checkpoint: Path) -> None:
             if name not in manifest.files:
                 raise ValueError(f"metadata with the file {name!r}, which the manifest does not list")
             out = f"rank-{len(sums)}.bin"
-            with open_regular(checkpoint / name) as source, open(partial / out, "xb") as raw:
-                target = SummedFile(cast(BinaryIO, raw))
+            with open_regular(checkpoint / name) as source, storage.new_file(partial / out) as target:
                 tables += [_copy(source, target, out, chunk, shapes[chunk.tensor]) for chunk in of_file]
-                os.fsync(target.fileno())
-                target.close()
             sums[out] = target.sum
         files.publish(partial, checkpoint, manifest.header, sums, storage.merged(tables))
     except OSError:
@@ -108,10 +105,7 @@ def _copy(
     tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.shape:
         raise ValueError(f"a chunk of {chunk.tensor} that is not a tensor of shape {chunk.shape}")
-    where = Chunk(chunk.start, chunk.shape[0] if chunk.shape else 1, out, target.tell(), tensor.nbytes)
-    storage.write_tensor(target, tensor)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {chunk.tensor: StoredTensor(dtype, shape, (where,))}
+    return {chunk.tensor: storage.append(target, out, tensor, chunk.start, shape)}
 
 
 def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_OldChunk]]]:

@@ -10,9 +10,10 @@ pickle or other container format.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -48,25 +49,36 @@ def write_part(folder: Path, state: State, rank: int) -> tuple[dict[str, FileSum
     if not items:
         return {}, {}
     name, table = f"rank-{rank}.bin", {}
-    with open(folder / name, "xb") as raw:
-        file = SummedFile(cast(BinaryIO, raw))
+    with new_file(folder / name) as file:
         for item in items:
             assert item.tensor_data is not None
             tensor = cast(torch.Tensor, planner.resolve_data(item))
-            start, rows = _rows(item.tensor_data.chunk.offsets, tensor.shape)
-            chunk = Chunk(start, rows, name, file.tell(), tensor.nbytes)
-            write_tensor(file, tensor)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            table[item.index.fqn] = StoredTensor(dtype, tuple(item.tensor_data.size), (chunk,))
-        os.fsync(file.fileno())
-        file.close()
+            start = _first_row(item.tensor_data.chunk.offsets)
+            table[item.index.fqn] = append(file, name, tensor, start, tuple(item.tensor_data.size))
     return {name: file.sum}, table
 
 
-def write_tensor(file: SummedFile, tensor: torch.Tensor) -> None:
-    """Write the elements of a tensor in row-major order."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[SummedFile]:
+    """Open a new file, whose bytes are on the disk when the block is left. Raises OSError."""
+    with open(path, "xb") as raw:
+        file = SummedFile(cast(BinaryIO, raw))
+        yield file
+        os.fsync(file.fileno())
+        file.close()
+
+
+def append(
+    file: SummedFile, name: str, tensor: torch.Tensor, start: int, shape: tuple[int, ...]
+) -> StoredTensor:
+    """Write the rows `tensor` of a tensor of `shape`, from row `start` on, to the file called `name`.
+
+    The elements are written in row-major order. Return the description of the tensor with this chunk only.
+    """
+    chunk = Chunk(start, tensor.shape[0] if tensor.ndim else 1, name, file.tell(), tensor.nbytes)
     if tensor.numel():
         file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return StoredTensor(str(tensor.dtype).removeprefix("torch."), shape, (chunk,))
 
 
 def merged(tables: Iterable[Table]) -> Table:
@@ -109,7 +121,7 @@ def read(folder: Path, state: State, table: Table) -> None:
         with open_regular(folder / name) as file:
             for chunk, item in sorted(wanted, key=lambda pair: pair[0].offset):
                 target = planner.resolve_tensor(item).detach()
-                row, _ = _rows(item.storage_offsets, target.shape)
+                row = _first_row(item.storage_offsets)
                 tensor = table[item.storage_index.fqn]
                 _read_rows(file, chunk.offset + row * tensor.row_bytes, tensor, target)
 
@@ -134,11 +146,11 @@ def read_exactly(file: io.FileIO, content: memoryview) -> None:
         content = content[count:]
 
 
-def _rows(offsets: Iterable[int], shape: torch.Size) -> tuple[int, int]:
-    """Return the first row and the number of rows. Tensors are sharded by rows only: other offsets are 0."""
+def _first_row(offsets: Iterable[int]) -> int:
+    """Return the first row of a chunk. Tensors are divided by rows only, so that other offsets are 0."""
     start, *others = [*offsets] or [0]
     assert not any(others)
-    return start, shape[0] if shape else 1
+    return start
 
 
 def _metadata(table: Table) -> Metadata:
