@@ -194,7 +194,7 @@ BY_HAND = {
     "new object of a stand-in": ("\x80\x02" + NDARRAY + ")\x81.", "instruction NEWOBJ"),
     "persistent id": ("Pos.system\n.", "instruction PERSID"),
     "extension code": ("\x80\x02\x82\xf0.", "instruction EXT1"),
-    "codec other than latin1": ("c_codecs\nencode\n(Vimages\nVrot13\ntR.", "encode of str, expected text and 'latin1'"),
+    "codec other than latin1": ("c_codecs\nencode\n(Vimages\nVrot13\ntR.", "encode of str, expected text"),
     "codec by default": ("c_codecs\nencode\n(Vimages\ntR.", "missing 1 required positional argument"),
     "codecs by its other name": ("ccodecs\nencode\n(Vimages\nVlatin1\ntR.", r"codecs\.encode"),
     "structured dtype": (DTYPE + "(S'V8'\nI0\nI1\ntR.", r"dtype b'V8'"),

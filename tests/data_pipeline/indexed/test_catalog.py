@@ -95,8 +95,8 @@ def test_no_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1 0\n", r"train.idx: line 1 is b'1 0\\n', expected 'key<TAB>offset'"),
-        ("1\t0\n2\tx\n", "line 2 is b'2\\\\tx"),
+        ("1 0\n", r"train.idx: line 1 is '1 0', expected 'key<TAB>offset'"),
+        ("1\t0\n2\tx\n", "line 2 is '2\\\\tx"),
         ("", "no records are listed"),
     ],
 )
