@@ -46,7 +46,7 @@ from data_pipeline.common.process_pool import in_order
 from data_pipeline.synthetic.dataset import write_set
 from data_pipeline.synthetic.face import Nuisances
 from data_pipeline.synthetic.identities import HELD_OUT, SynthConfig, faces_of, nuisances_of
-from data_pipeline.synthetic.render import paint
+from data_pipeline.synthetic.render import render_face
 from trainer import backbones
 from trainer import config as run_config
 from trainer.backbones import Backbone, BackboneConfig
@@ -63,7 +63,7 @@ SEEDS = (1, 2, 3)
 GLOBAL, LOCAL = 0, 1
 LOCAL_WEIGHTS = [tenth / 10 for tenth in range(11)]
 
-# Name -> what differs from the configuration, which is LGAF's.
+# Name -> changes of the configuration, which is LGAF's.
 NETWORKS: dict[str, dict[str, Any]] = {
     "lgaf": {},
     "twin": {"name": "iresnet"},  # and a width of its own
@@ -88,8 +88,8 @@ LARGE = {
     "head.sample_rate": 0.3,
 }
 
-# Kind -> strengths: half side of a block in half faces; bending in half faces; deviation and way in pixels at
-# 112; share of the resolution; degrees.
+# Kind -> strengths: half side of a block and warp in face units; standard deviation and length in pixels at a
+# width of 112; share of the resolution; degrees.
 KINDS: dict[str, tuple[float, ...]] = {
     "occlusion": (0.3, 0.45, 0.6, 0.75),
     "deformation": (0.04, 0.08, 0.12, 0.16),
@@ -101,12 +101,12 @@ KINDS: dict[str, tuple[float, ...]] = {
 CONDITIONS = [("none", 0.0)] + [
     (kind, strength) for kind, strengths in KINDS.items() for strength in strengths
 ]
-TAKES = 3  # pairs of a reference and its pictures, per person
-CALM = 0.5  # difficulty of what no condition is about: light, colours, expression
+TAKES = 3  # pairs of a reference and its images, per identity
+CALM = 0.5  # difficulty of all nuisances that no condition changes: light, colours, expression
 
 
 def degraded(calm: Nuisances, kind: str, strength: float) -> Nuisances:
-    """The circumstances of a picture under a condition that the painter knows."""
+    """Return the nuisances of an image under a condition; motion blur is applied after rendering."""
     match kind:
         case "occlusion":
             return calm._replace(occlusion="block", occlusion_size=strength)
@@ -121,20 +121,20 @@ def degraded(calm: Nuisances, kind: str, strength: float) -> Nuisances:
     return calm
 
 
-def moved(picture: Image.Image, way_px: float, angle: float) -> Image.Image:
-    """Motion blur: the mean of the picture on a straight way, in pixels at a width of 112."""
-    steps = 1 + math.ceil(way_px)
-    total_HWC = np.zeros((picture.height, picture.width, 3), np.float32)
-    for at in np.linspace(-0.5, 0.5, steps) * way_px * picture.width / 112:
+def motion_blurred(image: Image.Image, length_px: float, angle: float) -> Image.Image:
+    """Return the mean of an image shifted along a line; `length_px` is in pixels at a width of 112."""
+    steps = 1 + math.ceil(length_px)
+    total_HWC = np.zeros((image.height, image.width, 3), np.float32)
+    for at in np.linspace(-0.5, 0.5, steps) * length_px * image.width / 112:
         shift = (1, 0, at * math.cos(angle), 0, 1, at * math.sin(angle))
         total_HWC += np.asarray(
-            picture.transform(picture.size, Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR)
+            image.transform(image.size, Image.Transform.AFFINE, shift, Image.Resampling.BILINEAR)
         )
     return Image.fromarray((total_HWC / steps).astype(np.uint8))
 
 
-def person(seed: int, identity: int, size: int) -> np.ndarray:
-    """uint8 [takes, 1 + conditions, H, W, 3]: a reference and a picture under each condition, per take."""
+def identity_images(seed: int, identity: int, size: int) -> np.ndarray:
+    """Return uint8 [takes, 1 + conditions, H, W, 3]: per take a reference and an image per condition."""
     numbers = np.arange(2 * TAKES)
     face = faces_of(seed, np.array([identity]))[0]
     calm = [
@@ -143,19 +143,19 @@ def person(seed: int, identity: int, size: int) -> np.ndarray:
     ]
     takes = []
     for reference, probe in zip(calm[0::2], calm[1::2], strict=True):
-        row = [paint(face, reference, size)]
+        row = [render_face(face, reference, size)]
         for kind, strength in CONDITIONS:
-            picture = paint(face, degraded(probe, kind, strength), size)
+            image = render_face(face, degraded(probe, kind, strength), size)
             angle = math.radians(probe.shadow_angle_deg)
-            row.append(moved(picture, strength, angle) if kind == "motion blur" else picture)
-        takes.append([np.asarray(picture) for picture in row])
+            row.append(motion_blurred(image, strength, angle) if kind == "motion blur" else image)
+        takes.append([np.asarray(image) for image in row])
     return np.array(takes)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a network says of N takes of S pictures, the reference first: unit embeddings, and of each branch
-    the unit feature, the norm and the attention weight."""
+    """Outputs of a network for N takes of S images, the reference first: unit embeddings, and for each of K
+    branches the unit feature, the norm and the attention weight."""
 
     emb_NSD: np.ndarray
     unit_NSKD: np.ndarray
@@ -164,11 +164,12 @@ class Seen:
 
 
 @torch.inference_mode()
-def look(model: Backbone, people: Iterable[np.ndarray], device: torch.device) -> Seen:
+def forward(model: Backbone, images: Iterable[np.ndarray], device: torch.device) -> Seen:
+    """Run the network on the images of all identities."""
     model.eval().to(device)
     rows = []
-    for picture_TSHWC in people:
-        pixels = torch.from_numpy(picture_TSHWC).to(device).flatten(0, 1).permute(0, 3, 1, 2)
+    for image_TSHWC in images:
+        pixels = torch.from_numpy(image_TSHWC).to(device).flatten(0, 1).permute(0, 3, 1, 2)
         images_BCHW = (pixels.float() - 127.5) / 127.5
         if isinstance(model, LGAF):
             fusion = model.fuse(images_BCHW)
@@ -177,7 +178,7 @@ def look(model: Backbone, people: Iterable[np.ndarray], device: torch.device) ->
             emb_BD = model(images_BCHW).emb_BD
             norm_B1 = emb_BD.norm(dim=1, keepdim=True)
             row = (emb_BD, (emb_BD / norm_B1)[:, None], norm_B1, torch.ones_like(norm_B1))
-        rows.append([part.unflatten(0, picture_TSHWC.shape[:2]).cpu().numpy() for part in row])
+        rows.append([part.unflatten(0, image_TSHWC.shape[:2]).cpu().numpy() for part in row])
     emb_NSD, *of_branches = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     return Seen(normalized(emb_NSD), *of_branches)
 
@@ -187,35 +188,36 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 
 
 def accuracy(emb_NSD: np.ndarray) -> np.ndarray:
-    """1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every picture."""
-    issame_P = same_person(len(emb_NSD)).ravel()
+    """Return 1 - EER and TAR at FAR 1 %, [conditions, 2], of every reference against every image."""
+    issame_P = same_identity(len(emb_NSD)).ravel()
     figures = []
     for emb_ND in emb_NSD[:, 1:].swapaxes(0, 1):
-        far_R, tar_R = roc((emb_NSD[:, 0] @ emb_ND.T).ravel(), issame_P)
+        similarity_P = (emb_NSD[:, 0] @ emb_ND.T).ravel()
+        far_R, tar_R = roc(similarity_P[issame_P], similarity_P[~issame_P])
         crossing = int(np.argmax(far_R >= 1 - tar_R))
         figures.append((1 - (far_R[crossing] + 1 - tar_R[crossing]) / 2, np.interp(0.01, far_R, tar_R)))
     return np.array(figures)
 
 
-def same_person(takes: int) -> np.ndarray:
-    """Whether two takes are of one person, [N, N]."""
-    who_N = np.arange(takes) // TAKES
-    return who_N[:, None] == who_N
+def same_identity(takes: int) -> np.ndarray:
+    """Return bool [N, N], true where two takes show one identity."""
+    identity_N = np.arange(takes) // TAKES
+    return identity_N[:, None] == identity_N
 
 
 def tar_by_weight(unit_NSKD: np.ndarray) -> list[list[float]]:
-    """TAR at FAR 1 %, [LOCAL_WEIGHTS, conditions], with one weight for all, the references included."""
+    """Return TAR at FAR 1 %, [LOCAL_WEIGHTS, conditions], with one weight for all images and references."""
     fused = ((1 - w) * unit_NSKD[:, :, GLOBAL] + w * unit_NSKD[:, :, LOCAL] for w in LOCAL_WEIGHTS)
     return [accuracy(normalized(emb_NSD))[:, 1].tolist() for emb_NSD in fused]
 
 
 def advantage(unit_NSKD: np.ndarray) -> np.ndarray:
-    """How much better the local feature of each picture is than the global one, [N, S].
+    """Return the quality of each image's local feature minus that of its global feature, [N, S].
 
-    A feature is as good as its cosine to the reference of its take lies above those to other people's,
-    counted in the deviation of these: the branches' cosines are not spread alike.
+    The quality is the cosine to the reference of the same take, minus the mean cosine to the references of
+    other identities, divided by their standard deviation, because the branches' cosines have other spreads.
     """
-    is_other_NN = ~same_person(len(unit_NSKD))
+    is_other_NN = ~same_identity(len(unit_NSKD))
     goodness = []
     for k in (GLOBAL, LOCAL):
         cosine_SNN = np.einsum("md,nsd->smn", unit_NSKD[:, 0, k], unit_NSKD[:, :, k])
@@ -226,30 +228,30 @@ def advantage(unit_NSKD: np.ndarray) -> np.ndarray:
 
 
 def by_kind(figure_S: np.ndarray) -> dict[str, float]:
-    """The mean of each kind over its strengths, and of all kinds but "none"."""
+    """Return the mean of each kind over its strengths, and under "degraded" the mean of all but "none"."""
     kinds = np.array([kind for kind, _ in CONDITIONS])
     means = {kind: float(figure_S[kinds == kind].mean()) for kind in ("none", *KINDS)}
     return means | {"degraded": float(np.mean([means[kind] for kind in KINDS]))}
 
 
 def words(options: argparse.Namespace, name: str) -> list[str]:
-    """KEY=VALUE for `lgaf train`: what makes this network."""
+    """Return the KEY=VALUE settings of `lgaf train` for this network."""
     backbone = dict(NETWORKS[name])
     if name == "twin":
         backbone["width"] = options.twin_width
     given: dict[str, object] = {}
     if backbone.pop("name", None) == "iresnet":
-        # The file's table is LGAF's, and has keys that an IResNet has not.
+        # The file's table is LGAF's and has keys that an IResNet lacks.
         given["backbone"] = plain_trunk(run_config.load(CONFIG, []).backbone).model_dump(exclude={"weights"})
     given |= {"data.path": str(options.folder / "people"), "run_dir": str(options.folder / "run")}
     if options.large:
-        given |= LARGE | {"data.shards": [painted_while_training(LARGE_PEOPLE)]}
+        given |= LARGE | {"data.shards": [shards_rendered_while_training(LARGE_PEOPLE)]}
     given |= {f"backbone.{key}": value for key, value in backbone.items()}
     return [f"{key}={as_toml(value)}" for key, value in given.items()] + options.set
 
 
 def plain_trunk(config: BackboneConfig) -> IResNetConfig:
-    """The trunk of an LGAF by itself."""
+    """Return the configuration of an LGAF's trunk alone."""
     return IResNetConfig(**config.model_dump(include=set(IResNetConfig.model_fields) - {"name"}))
 
 
@@ -259,11 +261,11 @@ def as_toml(value: object) -> str:
     return json.dumps(value)
 
 
-def painted_while_training(people: SynthConfig) -> str:
-    """Shards that a training paints itself, of pictures that are stored nowhere."""
+def shards_rendered_while_training(people: SynthConfig) -> str:
+    """Return the shards' URL for images that the training renders itself and does not store."""
     keys = people.model_dump(include={"identities", "images_per_identity", "image_size"})
     given = " ".join(f"--set {key}={value}" for key, value in keys.items())
-    return f"pipe:lgaf data paint {{0..49}}/50 {given}"
+    return f"pipe:lgaf data render {{0..49}}/50 {given}"
 
 
 def configured(options: argparse.Namespace, name: str) -> run_config.RunConfig:
@@ -272,7 +274,7 @@ def configured(options: argparse.Namespace, name: str) -> run_config.RunConfig:
 
 @torch.inference_mode()
 def operations(config: BackboneConfig, image_size: int) -> int:
-    """Multiplications and additions of one image."""
+    """Return the number of multiplications and additions for one image."""
     model = backbones.build(config, image_size).eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size))
@@ -280,7 +282,7 @@ def operations(config: BackboneConfig, image_size: int) -> int:
 
 
 def twin_width(options: argparse.Namespace) -> int:
-    """The least width of a plain IResNet that needs no fewer operations than LGAF."""
+    """Return the least width of a plain IResNet that needs at least as many operations as LGAF."""
     config = configured(options, "lgaf")
     size, width = config.data.image_size, config.backbone.width
     goal = operations(config.backbone, size)
@@ -294,7 +296,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> Backbone:
     run_dir = options.folder / f"{name.replace(' ', '_')}-{seed}"
     out = run_dir.with_suffix(".pt")
     given = [*words(options, name), f"run_dir={json.dumps(str(run_dir))}", f"seed={seed}"]
-    # A run that has ended is not repeated, and one of another configuration refused.
+    # A finished run is not repeated, and a run with another configuration is refused.
     lgaf(["train", str(CONFIG), *(word for one in given for word in ("--set", one))], options.threads)
     lgaf(["checkpoint", "extract", str(run_dir), "--out", str(out)], options.threads)
     print(f"{name}, seed {seed}: trained", file=sys.stderr)
@@ -302,7 +304,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> Backbone:
 
 
 def lgaf(command: list[str], threads: int) -> None:
-    # `lgaf` lies beside Python.
+    # `lgaf` is in the folder of the Python interpreter.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
@@ -313,9 +315,9 @@ def lgaf(command: list[str], threads: int) -> None:
 
 
 def attention(seen: list[Seen]) -> dict[str, Any]:
-    """LGAF's norms and attention by condition, over all seeds.
+    """Return LGAF's norms and attention by condition, over all seeds.
 
-    Norms are counted from the mean of sharp pictures, in their deviations; strengths from 0 to 4.
+    Norms are standardised with mean and deviation of sharp images; strengths are numbered from 0 to 4.
     """
     shifted = []
     for one in seen:
@@ -346,19 +348,19 @@ def attention(seen: list[Seen]) -> dict[str, Any]:
 
 
 def _columns() -> dict[str, list[int]]:
-    """Kind -> where its pictures stand in a take, from none to its greatest strength."""
+    """Return kind -> positions of its images in a take, from none to the greatest strength."""
     return {kind: [1, *(1 + s for s, (found, _) in enumerate(CONDITIONS) if found == kind)] for kind in KINDS}
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """0 if one of them is constant, as weights are without attention."""
+    """Return the correlation; 0 if one argument is constant, as weights are without attention."""
     if min(first.std(), second.std()) == 0:
         return 0.0
     return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
 
 
 def _within(first_NS: np.ndarray, second_NS: np.ndarray) -> float:
-    """Correlation among the pictures of one strength, over all strengths: a common drift is not counted."""
+    """Return the correlation of deviations from each strength's mean, without the drift between strengths."""
     return _correlation(first_NS - first_NS.mean(0), second_NS - second_NS.mean(0))
 
 
@@ -379,8 +381,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with ThreadPoolExecutor(options.jobs) as pool:
         models = list(pool.map(lambda job: train(options, *job), jobs))
     arguments = [(options.test_seed, HELD_OUT + number, size) for number in range(options.test_people)]
-    pictures = list(in_order(person, arguments, None))
-    seen = {job: look(model, pictures, options.device) for job, model in zip(jobs, models, strict=True)}
+    images = list(in_order(identity_images, arguments, None))
+    seen = {job: forward(model, images, options.device) for job, model in zip(jobs, models, strict=True)}
     found = {
         name: np.array([accuracy(seen[name, seed].emb_NSD) for seed in options.seeds])
         for name in options.networks
@@ -412,30 +414,31 @@ def show(report: dict[str, Any]) -> None:
             print(f"| {name} | {report['operations'][name] / 1e6:.1f} | " + " | ".join(shown) + " |")
         ahead = np.subtract(*(rows_by_kind(report[key][name])["degraded"] for name in ("lgaf", "twin")))
         each = ", ".join(f"{100 * one:+.2f}" for one in ahead)
-        print(f"\nlgaf ahead of its twin on degraded faces: {100 * ahead.mean():+.2f} (seed by seed {each})")
+        print(f"\nlgaf ahead of its twin on degraded faces: {100 * ahead.mean():+.2f} (each seed: {each})")
     show_attention(report)
 
 
 def show_attention(report: dict[str, Any]) -> None:
-    """Where it goes, whether it is right, and what it could gain."""
-    print("\nlgaf's attention to the local branch, from sharp pictures to the strongest degradation,")
-    print("and how far it has moved there, seed by seed:\n")
+    """Print the attention, its correlation with the advantage, and the gain of the best constant weight."""
+    print("\nlgaf's attention to the local branch, from sharp images to the strongest degradation,")
+    print("and its change over this range for each seed:\n")
     weight_RS = np.array(report["attention"]["local_weight_RS"])
     for kind, columns in _columns().items():
         path_RS = weight_RS[:, np.array(columns) - 1]
         means = " ".join(f"{mean:.3f}" for mean in path_RS.mean(0))
-        print(f"{kind:15s} {means}   " + ", ".join(f"{way:+.3f}" for way in path_RS[:, -1] - path_RS[:, 0]))
-    print(
-        "\nIts correlation, among pictures of one strength, with how much better the local feature tells the"
-    )
-    print("person from others than the global one; mean over the seeds, and seed by seed:\n")
+        print(
+            f"{kind:15s} {means}   "
+            + ", ".join(f"{change:+.3f}" for change in path_RS[:, -1] - path_RS[:, 0])
+        )
+    print("\nIts correlation, among images of one strength, with how much better the local feature")
+    print("separates identities than the global one; mean over the seeds, and each seed:\n")
     for kind, found in report["attention"]["weight_and_advantage_R"].items():
         print(f"{kind:15s} {np.mean(found):+.2f}   " + ", ".join(f"{one:+.2f}" for one in found))
     print(
-        "\nlgaf's TAR at FAR 1 % with one weight for all; and what the weight that is best for a kind, by the"
+        "\nlgaf's TAR at FAR 1 % with a constant weight and with the attention; the gain of the best weight"
     )
-    print("other seeds (in brackets, seed by seed), gains beside the attention:\n")
-    print("| kind | its global | equal | its local | attention | gain |\n" + "| --- " * 6 + "|")
+    print("for each kind over the attention (in brackets the weight, chosen for each seed by the others):\n")
+    print("| kind | global | equal | local | attention | gain |\n" + "| --- " * 6 + "|")
     weights, own = report["local_weights"], report["tar_at_far_0.01_RS"]["lgaf"]
     own_R_by_kind = rows_by_kind(own)
     tar_W_by_kind = [rows_by_kind(rows) for rows in report["tar_by_local_weight_RWS"]]
@@ -450,19 +453,19 @@ def show_attention(report: dict[str, Any]) -> None:
 
 
 def gain_of_best(tar_RW: np.ndarray, own_R: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Which weight is best by the other seeds, and what it gains, seed by seed. Needs two seeds or more."""
+    """Return for each seed the best weight according to the other seeds, and its gain; needs two seeds."""
     best_R = [int(np.delete(tar_RW, r, axis=0).mean(0).argmax()) for r in range(len(tar_RW))]
     return best_R, tar_RW[np.arange(len(tar_RW)), best_R] - own_R
 
 
 def rows_by_kind(rows: list[list[float]]) -> dict[str, list[float]]:
-    """Kind -> one figure per row of figures by condition: per seed, say, or per weight."""
+    """Return kind -> one figure per row; a row (of one seed or one weight) has a figure per condition."""
     each = [by_kind(np.array(row)) for row in rows]
     return {kind: [one[kind] for one in each] for kind in each[0]}
 
 
 def page(report: dict[str, Any]) -> str:
-    """Norms and attention against strength, one chart for each kind of degradation, as in the paper."""
+    """Render norms and attention against strength, one chart per kind of degradation, as in the paper."""
     found = report["attention"]
     mean_SK, std_SK = (np.array(found[key]) for key in ("norm_mean_SK", "norm_std_SK"))
     weight_S = np.mean(found["local_weight_RS"], axis=0)
@@ -484,28 +487,34 @@ def page(report: dict[str, Any]) -> str:
     body = report_page.section(
         "Feature norms",
         report_page.grid(norms, "thirds"),
-        "Mean and deviation, in deviations of sharp pictures; correlation of either norm with the strength.",
+        "Mean and deviation, standardised by sharp images; correlation of each norm with the strength.",
     ) + report_page.section("Attention", report_page.grid([attention], "halves"))
     together = f"norms of both branches: correlation {found['norms_of_both_branches']:+.2f}"
-    return report_page.page("LGAF on bad faces", together, body, kind="benchmark")
+    return report_page.page("LGAF on degraded faces", together, body, kind="benchmark")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for pictures and runs; kept")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for images and runs; it is kept")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
-    parser.add_argument("--large", action="store_true", help="R50 on 100,000 people, painted meanwhile")
     parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="lgaf and twin always are"
+        "--large", action="store_true", help="R50 on 100,000 identities, rendered while training"
+    )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=list(NETWORKS),
+        help="lgaf and twin are always included",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
-    parser.add_argument("--threads", type=int, default=1, help="of each training")
-    parser.add_argument("--people", type=int, default=400, help="to train on")
+    parser.add_argument("--jobs", type=int, default=2, help="number of simultaneous trainings")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each training")
+    parser.add_argument("--people", type=int, default=400, help="number of training identities")
     parser.add_argument("--test-people", type=int, default=120)
     parser.add_argument("--test-seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of lgaf train")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for lgaf train")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     options.networks = [name for name in NETWORKS if name in ("lgaf", "twin", *options.networks)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.evaluation.metrics.verification import judge
+from trainer.evaluation.metrics.verification import verify_similarities
 from trainer.evaluation.protocols.pairs import scores_of
 from trainer.report.training import JudgedPair, write_report
 
@@ -106,7 +106,7 @@ RECORDS = [
 def verification():
     rng = np.random.default_rng(0)
     issame_P = np.tile([True, False], 300)
-    return judge(np.clip(rng.normal(np.where(issame_P, 0.5, 0.1), 0.15), -1, 1), issame_P)
+    return verify_similarities(np.clip(rng.normal(np.where(issame_P, 0.5, 0.1), 0.15), -1, 1), issame_P)
 
 
 def everything(verification, text=str):
@@ -251,7 +251,7 @@ def test_curves_lie_where_the_records_say(tmp_path):
 
 def test_the_roc_climbs_in_steps(tmp_path):
     """Descending: genuine, then one of each at once, impostor. FAR 0 stands at the left end."""
-    result = judge(np.array([0.9, 0.5, 0.5, 0.3]), np.array([True, False] * 2), folds=2)
+    result = verify_similarities(np.array([0.9, 0.5, 0.5, 0.3]), np.array([True, False] * 2), folds=2)
     page = Page(write_report(write_run(tmp_path, RECORDS), results={"x": {"task": scores_of(result)}}))
     assert page.path("ROC, task: true accept rate", "line c0") == [
         [(0, 1000), (0, 500), (500, 500), (500, 0), (1000, 0)]
@@ -348,7 +348,7 @@ def test_a_long_run_makes_a_small_page_on_which_every_spike_is_seen(tmp_path, ve
 
 
 def test_several_sets_share_the_roc_and_have_their_own_histograms(tmp_path, verification):
-    few = judge(np.array([0.9, 0.2] * 5), np.array([True, False] * 5))
+    few = verify_similarities(np.array([0.9, 0.2] * 5), np.array([True, False] * 5))
     results = {name: {"task": scores_of(result)} for name, result in (("a", verification), ("b", few))}
     page = Page(write_report(write_run(tmp_path, RECORDS), results=results))
     assert len(page.path("ROC, task: true accept rate", "line c")) == 2

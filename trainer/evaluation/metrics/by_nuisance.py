@@ -1,8 +1,8 @@
-"""Accuracy on a verification set, split by what was done to its pictures.
+"""Accuracy on a synthetic verification set, split by the nuisances of its images.
 
-Painted sets come with a table of every picture's circumstances. For each of them the pairs are ordered by
-the worse of their two pictures and cut into thirds; occlusions are of kinds, so there it counts how many of
-the two pictures have one.
+A synthetic set has a table of every image's nuisances. For each nuisance, the pairs are ordered by the harder
+of their two images and divided into thirds. For occlusion, which has kinds instead of a degree, they are
+divided by the number of occluded images.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ Split = list[tuple[str, float, int]]
 
 # Larger is harder.
 _HARDNESS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "turn of the head": lambda picture_N: np.abs(picture_N["yaw_deg"]),
-    "deformation": lambda picture_N: picture_N["warp"],
-    "too dark or too bright": lambda picture_N: np.abs(picture_N["exposure_stops"]),
-    "blur": lambda picture_N: picture_N["blur_px"],
-    "low resolution": lambda picture_N: -picture_N["resolution"],
-    "compression": lambda picture_N: -picture_N["jpeg_quality"],
+    "turn of the head": lambda nuisance_N: np.abs(nuisance_N["yaw_deg"]),
+    "deformation": lambda nuisance_N: nuisance_N["warp"],
+    "too dark or too bright": lambda nuisance_N: np.abs(nuisance_N["exposure_stops"]),
+    "blur": lambda nuisance_N: nuisance_N["blur_px"],
+    "low resolution": lambda nuisance_N: -nuisance_N["resolution"],
+    "compression": lambda nuisance_N: -nuisance_N["jpeg_quality"],
 }
 _THIRDS = ("least", "middle", "most")
-_OCCLUDED = ("neither picture", "one picture", "both pictures")
+_OCCLUDED = ("neither image", "one image", "both images")
 
 
-def by_nuisance(result: VerificationResult, picture_2P: np.ndarray) -> dict[str, Split]:
-    """(label, accuracy, number of pairs) of the parts of the set, for each circumstance.
+def by_nuisance(result: VerificationResult, nuisance_2P: np.ndarray) -> dict[str, Split]:
+    """Return (label, accuracy, number of pairs) of the parts of the set, for each nuisance.
 
-    `picture_2P` has one record per picture, pair i's at 2i and 2i + 1, with the fields that the painter
-    writes. Raises ValueError if it is not a table of this set's pictures.
+    nuisance_2P: one record per image, those of pair i at 2i and 2i + 1, with the fields of
+    `data_pipeline.synthetic.dataset.read_nuisances`. Raises ValueError if the number of records is wrong.
     """
     pairs = len(result.issame_P)
-    if len(picture_2P) != 2 * pairs:
-        raise ValueError(f"expected the circumstances of {2 * pairs} pictures, found {len(picture_2P)}")
+    if len(nuisance_2P) != 2 * pairs:
+        raise ValueError(f"expected the nuisances of {2 * pairs} images, found those of {len(nuisance_2P)}")
     splits = {}
     for name, hardness in _HARDNESS.items():
-        order_P = np.argsort(hardness(picture_2P).reshape(pairs, 2).max(1), kind="stable")
+        order_P = np.argsort(hardness(nuisance_2P).reshape(pairs, 2).max(1), kind="stable")
         splits[name] = [
             _part(result, f"{label} third", part)
             for label, part in zip(_THIRDS, np.array_split(order_P, 3), strict=True)
         ]
-    occluded_P = (picture_2P["occlusion"] != "none").reshape(pairs, 2).sum(1)
+    occluded_P = (nuisance_2P["occlusion"] != "none").reshape(pairs, 2).sum(1)
     splits["occlusion"] = [
         _part(result, label, np.flatnonzero(occluded_P == count))
         for count, label in enumerate(_OCCLUDED)

@@ -1,4 +1,4 @@
-"""Who is it? For each probe, how many impostors of a gallery are more similar than its mates.
+"""Identification (1:N): for each probe, the number of impostors in a gallery that rank before its mates.
 
     probe_M, gallery_M = mates(label_P, label_G)
     search = Search(len(label_P), probe_M, similarity_M)
@@ -6,8 +6,8 @@
         search.add(np.where(label_P[:, None] == label_G[part], -np.inf, similarity_PC))
     cmc(search.first_rank(), 20), search.average_precision().mean()
 
-The matrix of all probes and the whole gallery never exists. An impostor as similar as a mate comes before it,
-so that a network that makes everything alike finds nobody.
+The matrix of all probes and the whole gallery is never allocated. An impostor as similar as a mate ranks
+before it, so that a network with equal embeddings for all images identifies nobody.
 
 Shapes: P probes, G entries of a gallery, C of a chunk of it, M pairs of a probe and a mate.
 """
@@ -21,7 +21,7 @@ ROUNDING = 1e-6
 
 
 def mates(label_P: np.ndarray, label_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of a probe and an entry of one label, int [M] each, the probes in order."""
+    """Return all pairs of a probe and a gallery entry of one label, int [M] each, ordered by probe."""
     order_G = np.argsort(label_G, kind="stable")
     first_P, last_P = (np.searchsorted(label_G[order_G], label_P, side) for side in ("left", "right"))
     count_P = last_P - first_P
@@ -31,11 +31,12 @@ def mates(label_P: np.ndarray, label_G: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 class Search:
-    """How many impostors reach each mate's similarity, counted while they go by.
+    """Counter of the impostors that reach each mate's similarity, over chunks of the gallery.
 
-    Mates stand in the order of their probes, and of one probe by rising similarity, `order_M` of those given:
-    `probe_M`; `similarity_M`, lowered by what rounding could have added; `before_M`, the impostors that reach
-    it. `best_P` is the similarity of the best impostor, for probes without mates too.
+    Mates are sorted by probe, and those of one probe by increasing similarity. order_M: that order, as
+    indices of the given pairs. probe_M: probes. similarity_M: similarities, reduced by the possible rounding
+    error. before_M: numbers of impostors that reach them. best_P: the similarity of the best impostor of each
+    probe, with or without mates.
     """
 
     def __init__(self, probes: int, probe_M: np.ndarray, similarity_M: np.ndarray) -> None:
@@ -46,7 +47,7 @@ class Search:
         self._first_P1 = np.searchsorted(self.probe_M, np.arange(probes + 1))
 
     def add(self, similarity_PC: np.ndarray) -> None:
-        """Count impostors with these similarities to the probes; -infinity where one is none to a probe."""
+        """Count impostors by their similarities to the probes; -infinity excludes an entry for a probe."""
         best_P = similarity_PC.max(axis=1)
         np.maximum(self.best_P, best_P, out=self.best_P)
         mated_P = np.flatnonzero(np.diff(self._first_P1))
@@ -59,21 +60,21 @@ class Search:
             self.before_M[mine] += np.bincount(reached, minlength=len(least_m) + 1)[:0:-1].cumsum()[::-1]
 
     def first_rank(self) -> np.ndarray:
-        """Rank, from 1, of the most similar mate of each probe that has mates."""
+        """Return the rank, from 1, of the most similar mate of each probe that has mates."""
         return 1 + self.before_M[self._last()]
 
     def first_similarity(self) -> np.ndarray:
-        """Similarity of the most similar mate of each probe that has mates."""
+        """Return the similarity of the most similar mate of each probe that has mates."""
         return self.similarity_M[self._last()]
 
     def average_precision(self) -> np.ndarray:
-        """Of each probe that has mates: the area under precision over recall, by the trapezoidal rule.
+        """Return the area under precision over recall, by the trapezoidal rule, of each probe with mates.
 
-        As TinyFace's own evaluation has it, after J. Philbin et al., Object retrieval with large vocabularies
-        and fast spatial matching, CVPR 2007: precision starts at 1.
+        Precision starts at 1, as in TinyFace's own evaluation and in J. Philbin et al., Object retrieval with
+        large vocabularies and fast spatial matching, CVPR 2007.
         """
         count_P = np.diff(self._first_P1)
-        # 1 for the most similar mate of a probe.
+        # The position of a mate among those of its probe: 1 for the most similar one.
         nth_M = np.repeat(self._first_P1[1:], count_P) - np.arange(len(self.probe_M))
         place_M = self.before_M + nth_M
         here_M = nth_M / place_M
@@ -86,5 +87,5 @@ class Search:
 
 
 def cmc(rank_K: np.ndarray, length: int) -> np.ndarray:
-    """Float64 [length]: the share of searches whose rank, from 1, is at most 1, 2, ... ."""
+    """Return the fractions, float64 [length], of searches whose rank is at most 1, 2, ..., `length`."""
     return np.bincount(np.minimum(rank_K, length + 1), minlength=length + 2)[1:-1].cumsum() / len(rank_K)

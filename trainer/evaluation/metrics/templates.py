@@ -1,7 +1,7 @@
-"""Templates: several pictures and video frames of one person, pooled into one embedding.
+"""Templates: several images and video frames of one person, pooled into one embedding.
 
-Frames of one medium are averaged, then media are summed, each face weighted by its embedding's length and its
-detector's confidence: InsightFace's recognition/_evaluation_/ijb/ijb_11.py, "N1D1F2".
+Frames of one medium are averaged, then media are summed. Each face is weighted by its embedding's norm and
+the detector's confidence, as in "N1D1F2" of InsightFace's recognition/_evaluation_/ijb/ijb_11.py.
 
 Shapes: N faces, D dimensions, T templates.
 """
@@ -16,10 +16,10 @@ from trainer.evaluation.metrics.similarity import chunks
 def pooled(
     emb_ND: np.ndarray, template_N: np.ndarray, medium_N: np.ndarray, confidence_N: np.ndarray
 ) -> np.ndarray:
-    """Float32 [T, D], not normalised, so that the length tells how much good evidence there is.
+    """Return the templates' embeddings, float32 [T, D], not normalised: the norm measures their quality.
 
-    `template_N` counts from 0 to T - 1; a medium is told apart by its number within its template. `emb_ND`
-    may be a memory map.
+    template_N: template numbers from 0 to T - 1. medium_N: numbers of media, unique within a template.
+    emb_ND: may be a memory map.
     """
     order_N = np.lexsort((medium_N, template_N))
     template_N, medium_N = template_N[order_N], medium_N[order_N]

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.evaluation.metrics import curves as pair_curves
 from trainer.evaluation.metrics.identification import Search, cmc, mates
 from trainer.evaluation.metrics.similarity import gallery_similarity, pair_similarity, unit_rows
 from trainer.evaluation.metrics.templates import pooled
+from trainer.evaluation.metrics.verification import histogram, rejection, roc, tar_at_far, threshold_at
 from trainer.evaluation.protocol import Faces, Protocol, ProtocolFileError, Scores, check_embeddings
 from trainer.evaluation.protocols.lists import read_table
 
@@ -83,16 +83,16 @@ class IJB(Protocol):
 
     def _verify(self, unit_TD: np.ndarray, quality_T: np.ndarray) -> Scores:
         similarity_P = pair_similarity(unit_TD, self._left_P, self._right_P)
-        genuine, impostor = similarity_P[self._issame_P], np.sort(similarity_P[~self._issame_P])
+        genuine, impostor = similarity_P[self._issame_P], similarity_P[~self._issame_P]
         quality = np.minimum(
             quality_T[self._left_P[self._issame_P]], quality_T[self._right_P[self._issame_P]]
         )
         return Scores(
-            figures=pair_curves.tar_at_far(genuine, impostor, FARS),
+            figures=tar_at_far(genuine, impostor, FARS),
             convention=f"1:1 over the listed pairs of templates: {_POOLING}",
-            roc=pair_curves.roc(genuine, impostor),
-            histogram=pair_curves.histogram(genuine, impostor),
-            rejection=pair_curves.rejection(genuine, quality, impostor, REJECTION_FMR),
+            roc=roc(genuine, impostor),
+            histogram=histogram(genuine, impostor),
+            rejection=rejection(genuine, quality, impostor, REJECTION_FMR),
         )
 
     def _identify(self, unit_TD: np.ndarray) -> Scores:
@@ -196,9 +196,9 @@ def _search(unit_TD: np.ndarray, probes: _Subjects, gallery: _Subjects) -> tuple
 
 
 def _tpir_at_fpir(search: Search, mated_P: np.ndarray) -> dict[str, float]:
-    threshold = {fpir: pair_curves.strict_threshold(search.best_P[~mated_P], fpir) for fpir in FPIRS}
+    threshold = {fpir: threshold_at(search.best_P[~mated_P], fpir) for fpir in FPIRS}
     return {
-        f"tpir_at_fpir_{fpir:g}": float((search.first_similarity() > least).mean())
+        f"tpir_at_fpir_{fpir:g}": float((search.first_similarity() >= least).mean())
         for fpir, least in threshold.items()
         if least is not None
     }

@@ -22,6 +22,7 @@ import numpy as np
 
 from trainer.evaluation.metrics.identification import Search, cmc, mates
 from trainer.evaluation.metrics.similarity import gallery_similarity, pair_similarity, unit_rows
+from trainer.evaluation.metrics.verification import roc, tar_at_far
 from trainer.evaluation.protocol import Faces, Protocol, ProtocolFileError, Scores, check_embeddings
 from trainer.evaluation.protocols.lists import encoded, missing
 
@@ -30,8 +31,6 @@ FAR = 1e-6
 # The end of the ROC: of billions of impostor pairs only the most similar ones are kept.
 _LARGEST_FAR = 1e-4
 _CURVE = 100
-# The largest rounding error of products such as 1e-6 * 3e6.
-_ROUNDING = 1e-9
 
 
 class MegaFace(Protocol):
@@ -65,7 +64,7 @@ class MegaFace(Protocol):
             curves[f"{size} distractors"] = cmc(1 + search.before_M, _CURVE)
             figures[f"rank_1_at_{size}"] = float(curves[f"{size} distractors"][0])
         impostors = len(self._label_P) * len(row_C)
-        figures |= _tar_at_far(search.similarity_M, largest, impostors)
+        figures |= tar_at_far(search.similarity_M, largest, [FAR], impostors=impostors)
         noise = f"without the images in {' and '.join(self._left_out)}" if self._left_out else "with noise"
         return {
             "identification": Scores(
@@ -95,19 +94,11 @@ class MegaFace(Protocol):
         return search, np.sort(kept)
 
 
-def _tar_at_far(genuine_M: np.ndarray, largest: np.ndarray, impostors: int) -> dict[str, float]:
-    allowed = int(FAR * impostors + _ROUNDING)
-    if allowed < 1:
-        return {}
-    return {f"tar_at_far_{FAR:g}": float((genuine_M > largest[-1 - allowed]).mean())}
-
-
 def _roc(genuine_M: np.ndarray, largest: np.ndarray, impostors: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return FAR and TAR at each genuine similarity above the lowest of the kept impostor similarities."""
-    least_R, count_R = np.unique(genuine_M[genuine_M > largest[0]], return_counts=True)
-    reaching_R = len(largest) - np.searchsorted(largest, least_R)
-    far_R, tar_R = reaching_R[::-1] / impostors, np.cumsum(count_R[::-1]) / len(genuine_M)
-    return np.append(0.0, far_R), np.append(0.0, tar_R)
+    """Return the ROC as far as the kept impostor similarities reach."""
+    far_R, tar_R = roc(genuine_M, largest)
+    is_known_R = far_R < 1
+    return far_R[is_known_R] * len(largest) / impostors, tar_R[is_known_R]
 
 
 def _read_probes(path: Path, noise: set[str]) -> tuple[list[str], list[str]]:

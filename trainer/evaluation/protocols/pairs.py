@@ -10,8 +10,7 @@ from typing import overload
 import numpy as np
 
 from data_pipeline.formats.pair_file import PairSet, read_pairs
-from trainer.evaluation.metrics.curves import histogram, rejection
-from trainer.evaluation.metrics.verification import VerificationResult, verify
+from trainer.evaluation.metrics.verification import VerificationResult, histogram, rejection, verify
 from trainer.evaluation.protocol import Face, Protocol, Scores, check_embeddings
 
 TASK = "verification"
@@ -45,6 +44,7 @@ class PairVerification(Protocol):
     """The pairs of one verification file. Raises VerificationFileError for any other file."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.pairs: PairSet = read_pairs(path)
         self.faces = _FacesInside(path, self.pairs.images)
 

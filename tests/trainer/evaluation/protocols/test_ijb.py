@@ -60,8 +60,8 @@ def test_known_answer_by_hand(small):
     one = scores["1:1"]
     # Genuine 0.71, 0.0, 0.99; impostors 0.0, 0.2, 0.98: nothing to measure a FAR of 0.1 by.
     assert one.figures == {}
-    np.testing.assert_allclose(one.roc[0], [0, 0, 1 / 3, 1, 1])
-    np.testing.assert_allclose(one.roc[1], [0, 1 / 3, 2 / 3, 1, 1])
+    np.testing.assert_allclose(one.roc[0], [0, 0, 1 / 3, 1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(one.roc[1], [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1])
     assert one.histogram.genuine_B.sum() == one.histogram.impostor_B.sum() == 3
     assert one.rejection is None
     many = scores["1:N"]

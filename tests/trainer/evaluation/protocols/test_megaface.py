@@ -80,7 +80,8 @@ def test_equals_a_plain_loop_over_the_whole_matrix(tmp_path, held, monkeypatch):
     assert scores.figures["tar_at_far_1e-06"] == pytest.approx((genuine > impostor[-2]).mean())
     far, tar = scores.roc
     assert 0 < far.max() <= 1e-4
-    for rate, rises in zip(far[1:], tar[1:], strict=True):
+    rises_R, first_R = np.unique(tar, return_index=True)
+    for rate, rises in zip(far[first_R[1:]], rises_R[1:], strict=True):
         least = np.sort(genuine)[-round(rises * len(genuine))] - 1e-6
         assert (impostor >= least).mean() == pytest.approx(rate)
 
