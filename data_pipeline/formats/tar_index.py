@@ -1,16 +1,14 @@
 """WebDataset shards: uncompressed tar files whose images are read as byte ranges.
 
-A sample is a run of neighbouring members that share the name up to the first dot of the base name, its key:
+A sample is a run of consecutive members with the same key, the name up to the first dot of the base name:
 
     000042.jpg    the image: jpg, jpeg, png or webp
-    000042.cls    the label, a whole number in ASCII; or 000042.json, its "label", else its "cls"
+    000042.cls    the label, an integer in ASCII; or 000042.json, its "label", else its "cls"
 
-Reading walks over the headers in the file's memory map and touches nothing of the images. Three dialects
-of tar say the same in different ways: ustar splits a long name in two, GNU puts it into a member of type
-"L" before the one it names, pax into a member of type "x", where the size may stand as well.
+The index walks over the headers in a memory map and reads no image. Python's tarfile takes five times as
+long, and in 3.11.7 it ends silently at a damaged header and loops forever at a negative size.
 
-Source: POSIX.1-2008, pax interchange format; GNU tar's manual; webdataset's tariterators.py, read as
-descriptions.
+Source: POSIX.1-2008, pax interchange format; GNU tar's manual; webdataset's tariterators.py, as descriptions.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ _KINDS = {
     b"json": "json",
 }
 
-# name, size, checksum, type, dialect, and whether the name goes on before byte 500
+# name, size, checksum, type, magic, and whether ustar continues the name before byte 500
 _HEADER = struct.Struct("100s24x12s12x8sc100x6s82x?166x")
 _SLASH = ord("/")
 _BLANK = 8 * ord(" ")
@@ -52,7 +50,7 @@ _SPARSE_KEYS = {b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size", b"GN
 _PAX_KEYS = {b"path", b"size", *_SPARSE_KEYS}
 _META = re.compile(rb"__[^/]*__($|/)")
 _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
-# Names and labels are short; what a damaged file says of their length is not to be believed.
+# Limits for the lengths that a damaged or hostile file claims for names and labels.
 _LONGEST_HEADER = 1 << 20
 _LONGEST_LABEL = {"cls": 64, "json": 1 << 20}
 LARGEST_LABEL = (1 << 63) - 1
@@ -67,11 +65,11 @@ _COMPRESSED = {
 
 
 class ShardError(DatasetError):
-    """A tar shard that cannot be read as samples; names the file, the offset and what to do."""
+    """A tar shard cannot be read as samples; the message names the file, the offset and the remedy."""
 
 
 class ShardIndex(NamedTuple):
-    """Where the bytes of a shard's N images lie, and their labels; all int64."""
+    """The byte ranges of a shard's N images, and their labels; all int64."""
 
     offset_N: np.ndarray
     length_N: np.ndarray
@@ -79,17 +77,17 @@ class ShardIndex(NamedTuple):
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """The byte ranges and labels of all samples of a shard, in the order of the file.
+    """Return the byte ranges and labels of all samples of a shard, in the order of the file.
 
-    Members that are neither image nor label are ignored, and so are samples that have neither.
+    Members that are neither image nor label are ignored, and so are samples without both.
 
     Raises ShardError if the file is missing, compressed, truncated or no tar, or if a sample has no image,
-    no label, several of either, or a label that is no whole number.
+    no label, several of either, or a label that is not an integer.
     """
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise ShardError(f"{path}: expected a tar, found an empty file; copy it anew")
+                raise ShardError(f"{path}: expected a tar, found an empty file; copy it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _index(data, str(path))
     except FileNotFoundError:
@@ -97,7 +95,7 @@ def index_shard(path: Path) -> ShardIndex:
 
 
 def _index(data: mmap.mmap, where: str) -> ShardIndex:
-    # Offset, length, label; offset...: one flat list, of which numpy makes an array ten times faster.
+    # One flat list of offset, length, label, ...: numpy converts it ten times faster than a list of rows.
     row: list[int] = []
     key, parts = b"", dict[str, tuple[int, int]]()
     for name, start, length in _members(data, where):
@@ -113,7 +111,7 @@ def _index(data: mmap.mmap, where: str) -> ShardIndex:
         if kind in parts:
             raise ShardError(
                 f"{where}: sample {_text(key)} has a second {kind} at byte {start}, after the one at byte "
-                f"{parts[kind][0]}; give every sample a key of its own and one image and label"
+                f"{parts[kind][0]}; give each sample its own key, one image and one label"
             )
         parts[kind] = start, length
     _close_sample(data, where, key, parts, row)
@@ -124,17 +122,17 @@ def _index(data: mmap.mmap, where: str) -> ShardIndex:
 def _close_sample(
     data: mmap.mmap, where: str, key: bytes, parts: dict[str, tuple[int, int]], row: list[int]
 ) -> None:
-    """Append a sample to `row`, unless it has neither image nor .cls."""
+    """Append a sample to `row`; samples with neither image nor .cls are ignored."""
     kind = "cls" if "cls" in parts else "json"
     if "image" in parts and parts["image"][1] and kind in parts:
         start, length = parts[kind]
         text = data[start : start + min(length, _LONGEST_LABEL[kind] + 1)]
         label = label_of_cls(text) if kind == "cls" else label_of_json(text)
         if label is None or len(text) > _LONGEST_LABEL[kind] or not 0 <= label <= LARGEST_LABEL:
-            wanted = "a whole number from 0" + (" under 'label' or 'cls'" if kind == "json" else "")
+            wanted = "an integer from 0" + (" under 'label' or 'cls'" if kind == "json" else "")
             raise ShardError(
                 f"{where}: sample {_text(key)} has the label {_text(text)} at byte {start}, "
-                f"expected {wanted}; write it anew"
+                f"expected {wanted}; write it again"
             )
         row += (*parts["image"], label)
     elif "image" in parts or kind == "cls":
@@ -148,16 +146,16 @@ def _close_sample(
 
 
 def label_of_cls(text: bytes) -> int | None:
-    """The whole number in a sample's .cls, None if it is none."""
+    """Return the integer in a sample's .cls; None for any other text."""
     digits = text.strip()
     return int(digits) if digits.isdigit() else None
 
 
 def label_of_json(text: bytes) -> int | None:
-    """The whole number in a sample's .json, as "label", else "cls"; None if there is none."""
+    """Return the integer under "label", else "cls", in a sample's .json; None if there is none."""
     try:
         content = json.loads(text)
-    # Deep nesting ends in RecursionError, bytes that are no text in UnicodeDecodeError, a ValueError.
+    # Deep nesting raises RecursionError; bytes that are not UTF-8 raise UnicodeDecodeError, a ValueError.
     except (ValueError, RecursionError):
         return None
     label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
@@ -165,15 +163,15 @@ def label_of_json(text: bytes) -> int | None:
 
 
 def _text(raw: bytes) -> str:
-    """What a message shows of bytes from the file."""
+    """Return bytes of the file as short text for a message."""
     return repr(raw[:80].decode("utf-8", "backslashreplace"))
 
 
 def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
-    """Name, first byte and length of every regular file in the tar."""
+    """Yield the name, first byte and length of every regular file in the tar."""
     at, size_bytes = 0, len(data)
-    said_of_all: dict[bytes, bytes] = {}
-    said: dict[bytes, bytes] = {}
+    for_all: dict[bytes, bytes] = {}
+    pax: dict[bytes, bytes] = {}
     while (head := data[at : at + BLOCK]) != _ZEROS:
         if len(head) < BLOCK:
             raise ShardError(_not_a_header(head, where, at, size_bytes))
@@ -181,41 +179,41 @@ def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
         if not _fits(head, checksum):
             raise ShardError(_not_a_header(head, where, at, size_bytes))
         start = at + BLOCK
-        length = 0 if kind in _WITHOUT_DATA else _length(size, said, where, at)
+        length = 0 if kind in _WITHOUT_DATA else _length(size, pax, where, at)
         if start + length > size_bytes:
             raise ShardError(
                 f"{where}: truncated: the member at byte {at} needs {length} bytes, "
-                f"{size_bytes - start} are left; copy it anew"
+                f"{size_bytes - start} are left; copy it again"
             )
         at = start + (length + BLOCK - 1 & -BLOCK)
-        if kind == _SPARSE or (said and said.keys() & _SPARSE_KEYS):
+        if kind == _SPARSE or (pax and pax.keys() & _SPARSE_KEYS):
             raise ShardError(
-                f"{where}: a sparse member at byte {start}, whose bytes lie scattered; "
-                "write it without --sparse"
+                f"{where}: expected members stored as they are, found a sparse one at byte {start}; "
+                "write the tar without --sparse"
             )
         if kind in _EXTENDED_HEADERS:
             more = _extended_fields(data, kind, start, length, where)
-            said_of_all = {**said_of_all, **more} if kind == _PAX_FOR_ALL else said_of_all
-            said = {**said, **more}
+            for_all = {**for_all, **more} if kind == _PAX_FOR_ALL else for_all
+            pax = {**pax, **more}
             continue
         if kind in _FILES:
             name = name.partition(b"\0")[0]
             if is_long and magic == _POSIX:
                 name = head[345:500].partition(b"\0")[0] + b"/" + name
-            if said:
-                name = said.get(b"path", name)
-            # webdataset leaves out what is named like this.
+            if pax:
+                name = pax.get(b"path", name)
+            # webdataset ignores members with such names.
             if not (name.startswith(b"__") and _META.match(name)):
                 yield name, start, length
-        said = said_of_all
+        pax = for_all
 
 
 def _extended_fields(data: mmap.mmap, kind: bytes, start: int, length: int, where: str) -> dict[bytes, bytes]:
-    """What a member says of the next one, or of all that follow, in pax's words."""
+    """Return the pax fields that an extended header sets for the next member, or for all that follow."""
     if length > _LONGEST_HEADER:
         raise ShardError(
             f"{where}: a name or pax header of {length} bytes at byte {start}, expected at most "
-            f"{_LONGEST_HEADER}; the file is damaged, copy it anew"
+            f"{_LONGEST_HEADER}; the file is damaged, copy it again"
         )
     text = data[start : start + length]
     if kind == _LONG_LINK:
@@ -224,39 +222,39 @@ def _extended_fields(data: mmap.mmap, kind: bytes, start: int, length: int, wher
 
 
 def _fits(head: bytes, checksum: bytes) -> bool:
-    """Whether the checksum is the sum of the header's bytes, its own counted as spaces.
+    """Return whether the checksum is the sum of the header's bytes, with its own counted as spaces.
 
     Adler-32's lower half is one more than the sum of the bytes modulo 65521, many times faster than sum().
     """
     try:
-        said = int(checksum.strip(b" \0"), 8) - _BLANK
+        expected = int(checksum.strip(b" \0"), 8) - _BLANK
     except ValueError:
         return False
-    if ((_adler(head) & 0xFFFF) - (_adler(checksum) & 0xFFFF) - said) % 65521 == 0:
+    if ((_adler(head) & 0xFFFF) - (_adler(checksum) & 0xFFFF) - expected) % 65521 == 0:
         return True
-    # Some old writers added up signed bytes.
+    # Some old writers summed signed bytes.
     rest = head[:148] + head[156:]
-    return int(np.frombuffer(rest, np.int8).sum(dtype=np.int64)) == said
+    return int(np.frombuffer(rest, np.int8).sum(dtype=np.int64)) == expected
 
 
 def _not_a_header(head: bytes, where: str, at: int, size_bytes: int) -> str:
     for signature, name in _COMPRESSED.items():
         if at == 0 and head.startswith(signature):
             return (
-                f"{where}: compressed with {name}; images are read as byte ranges, which needs an "
-                "uncompressed tar: decompress it (images hardly shrink anyway)"
+                f"{where}: compressed with {name}; images are read as byte ranges of an "
+                "uncompressed tar: decompress it (encoded images hardly shrink anyway)"
             )
     if len(head) < BLOCK:
         return (
             f"{where}: truncated at byte {at}: expected a header or the zeros that end a tar, "
-            f"{size_bytes - at} bytes are left; copy it anew"
+            f"{size_bytes - at} bytes are left; copy it again"
         )
-    return f"{where}: no tar header at byte {at}: its checksum does not fit; copy it anew"
+    return f"{where}: no tar header at byte {at}: its checksum does not match; copy it again"
 
 
-def _length(field: bytes, said: dict[bytes, bytes], where: str, at: int) -> int:
-    """Bytes of a member: as pax says, else octal digits, else binary after a first bit, which is GNU's."""
-    text = said.get(b"size")
+def _length(field: bytes, pax: dict[bytes, bytes], where: str, at: int) -> int:
+    """Return the size of a member in bytes: from pax, else octal digits, else GNU's binary form."""
+    text = pax.get(b"size")
     try:
         if text is not None:
             return int(text) if text.isdigit() and len(text) <= 20 else int("")
@@ -266,13 +264,13 @@ def _length(field: bytes, said: dict[bytes, bytes], where: str, at: int) -> int:
         return int(digits, 8) if digits.isdigit() else int("")
     except ValueError:
         raise ShardError(
-            f"{where}: the member at byte {at} has the size {_text(text or field)}, expected a whole number; "
-            "copy it anew"
+            f"{where}: the member at byte {at} has the size {_text(text or field)}, expected an integer; "
+            "copy it again"
         ) from None
 
 
 def _pax_records(text: bytes, where: str, at: int) -> dict[bytes, bytes]:
-    """Those records `LENGTH KEY=VALUE` of a pax header that matter; LENGTH counts the whole record."""
+    """Return the used records `LENGTH KEY=VALUE` of a pax header; LENGTH counts the entire record."""
     records, position = {}, 0
     while position < len(text) and text[position]:
         found = _PAX_RECORD.match(text, position)
@@ -280,7 +278,7 @@ def _pax_records(text: bytes, where: str, at: int) -> dict[bytes, bytes]:
         if found is None or end > len(text) or end <= found.end() or text[end - 1 : end] != b"\n":
             raise ShardError(
                 f"{where}: a pax record at byte {at + position} begins with "
-                f"{_text(text[position : position + 20])}, expected 'length key=value'; copy it anew"
+                f"{_text(text[position : position + 20])}, expected 'length key=value'; copy it again"
             )
         if found[2] in _PAX_KEYS:
             records[found[2]] = text[found.end() : end - 1]
