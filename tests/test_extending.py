@@ -13,7 +13,9 @@ PACKAGES = ("data_pipeline", "partial_fc", "trainer", "slurm", "configs")
 SECTIONS = dict(
     section.split("\n", 1) for section in (ROOT / "docs" / "extending.md").read_text().split("\n## ")[1:]
 )
-BLOCK = re.compile(r"<!-- (into|as|check) ?(\S*?)(?: above \"(.*?)\")? -->\n```python\n(.*?)```\n", re.DOTALL)
+BLOCK = re.compile(
+    r"<!-- (into|as|check) ?(\S*?)(?: above \"(.*?)\")? -->\n```(?:python|yaml)\n(.*?)```\n", re.DOTALL
+)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -26,6 +28,7 @@ def test_the_example_works(name, tmp_path):
         path = tmp_path / file
         if kind == "as":
             assert not path.exists()
+            path.parent.mkdir(exist_ok=True)
             path.write_text(code)
         elif kind == "into":
             text = path.read_text()
@@ -34,7 +37,7 @@ def test_the_example_works(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-c", blocks[-1][-1]],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         text=True,
         capture_output=True,
         timeout=120,

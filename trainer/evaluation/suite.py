@@ -1,6 +1,6 @@
 """A suite of protocols, configured in a file, and its evaluation on all ranks together.
 
-    suite = Suite(settings.load(SuiteConfig, Path("configs/eval/standard.toml"), ["folder=/data"]))
+    suite = Suite(config_file.load(SuiteConfig, Path("configs/eval/standard.toml"), ["folder=/data"]))
     results = suite.evaluate(embedder)          # on rank 0; empty on the others
 
 The constructor reads the lists of all protocols, so that a missing file is reported before the first image is
@@ -9,8 +9,9 @@ embedded. The evaluation embeds one protocol after the other; rank 0 scores the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,15 +24,6 @@ from trainer.evaluation.protocols.pairs import TASK, PairVerification
 from trainer.evaluation.protocols.scface import SCFace
 from trainer.evaluation.protocols.tinyface import TinyFace
 from trainer.inference.embedder import Embedder
-
-# The protocols by their keys in SuiteConfig, in the order of evaluation.
-_KINDS: dict[str, Callable[[Path], Protocol]] = {
-    "pairs": PairVerification,
-    "tinyface": TinyFace,
-    "scface": SCFace,
-    "ijb": IJB,
-    "megaface": MegaFace,
-}
 
 
 class ProtocolConfig(Strict):
@@ -49,19 +41,28 @@ class AverageConfig(Strict):
 
 
 class SuiteConfig(Strict):
-    """The protocols of each kind, and the folder of their files."""
+    """The protocols of a suite, and the folder of their files.
+
+    A key's annotation holds the class of its protocols; they are evaluated in the order of the keys.
+    """
 
     folder: Path = Field(Path("data/evaluation"), description="base folder of relative paths")
-    pairs: list[ProtocolConfig] = Field([], description="verification files (.bin)")
+    pairs: Annotated[list[ProtocolConfig], PairVerification] = Field(
+        [], description="verification files (.bin)"
+    )
     average: list[AverageConfig] = Field([], description="mean accuracies of verification files")
-    tinyface: list[ProtocolConfig] = Field([], description="TinyFace's Testing_Set")
-    scface: list[ProtocolConfig] = Field([], description="SCFace's SCface_database")
-    ijb: list[ProtocolConfig] = Field([], description="IJB-B's or IJB-C's folder with loose_crop and meta")
-    megaface: list[ProtocolConfig] = Field([], description="MegaFace's folder with images and devkit")
+    tinyface: Annotated[list[ProtocolConfig], TinyFace] = Field([], description="TinyFace's Testing_Set")
+    scface: Annotated[list[ProtocolConfig], SCFace] = Field([], description="SCFace's SCface_database")
+    ijb: Annotated[list[ProtocolConfig], IJB] = Field(
+        [], description="IJB-B's or IJB-C's folder with loose_crop and meta"
+    )
+    megaface: Annotated[list[ProtocolConfig], MegaFace] = Field(
+        [], description="MegaFace's folder with images and devkit"
+    )
 
     @model_validator(mode="after")
     def _names_are_known_and_different(self) -> SuiteConfig:
-        names = [entry.name for kind in _KINDS for entry in self.of_kind(kind)]
+        names = [entry.name for entry, _ in self.protocols()]
         names += [average.name for average in self.average]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -76,10 +77,11 @@ class SuiteConfig(Strict):
                 )
         return self
 
-    def of_kind(self, kind: str) -> list[ProtocolConfig]:
-        """Return the entries under one key."""
-        entries: list[ProtocolConfig] = getattr(self, kind)
-        return entries
+    def protocols(self) -> Iterator[tuple[ProtocolConfig, Callable[[Path], Protocol]]]:
+        """Yield every protocol with its class, in the order of evaluation."""
+        for key, field in type(self).model_fields.items():
+            for protocol in field.metadata:
+                yield from ((entry, protocol) for entry in getattr(self, key))
 
 
 def suite_of_pairs(files: Sequence[Path]) -> SuiteConfig:
@@ -94,9 +96,7 @@ class Suite:
     def __init__(self, config: SuiteConfig) -> None:
         self._averages = config.average
         self._protocols = {
-            entry.name: kind(config.folder / entry.path)
-            for key, kind in _KINDS.items()
-            for entry in config.of_kind(key)
+            entry.name: protocol(config.folder / entry.path) for entry, protocol in config.protocols()
         }
 
     @property
