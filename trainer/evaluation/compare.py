@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.evaluation.metrics.verification import cosine_similarity
-from trainer.inference.embed import look, read_picture
+from trainer.inference.embed import look, read_image
 from trainer.inference.network import Network
 from trainer.monitoring.metrics_log import read
 
@@ -25,8 +25,8 @@ def compare(network: Network, first: Path, second: Path) -> tuple[float, list[fl
 
     Raises DecodeError, naming the file, if one cannot be read as an image.
     """
-    pictures = [read_picture(path, network.image_size) for path in (first, second)]
-    columns = look(network.model, np.stack(pictures), flip=True)
+    images = [read_image(path, network.image_size) for path in (first, second)]
+    columns = look(network.model, np.stack(images), flip=True)
     return float(cosine_similarity(columns["embedding"])[0]), columns["quality"].tolist()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer import config_file as settings
+from trainer import config_file
 from trainer.evaluation.metrics.verification import VerificationResult
 from trainer.evaluation.protocol import Results
 from trainer.evaluation.protocols.pairs import TASK, PairVerification, scores_of
@@ -15,15 +15,15 @@ from trainer.inference.embedder import Embedder
 class Evaluation:
     """Verification sets by name, and a suite. Raises ValueError for invalid files or equal names.
 
-    judged: the last evaluation's verification of every pair of the sets. results: its scores of sets and
-    suite. Both are filled on rank 0 only.
+    verified: the last evaluation's verification results, by the names of the sets. results: its scores of
+    sets and suite. Both are filled on rank 0 only.
     """
 
     def __init__(self, sets: dict[str, Path], suite: Path | None, image_size: int, batch_size: int) -> None:
         self.image_size, self.batch_size = image_size, batch_size
         self.sets = {name: PairVerification(path) for name, path in sets.items()}
-        self.suite = Suite(settings.load(SuiteConfig, suite) if suite else SuiteConfig())
-        self.judged: dict[str, VerificationResult] = {}
+        self.suite = Suite(config_file.load(SuiteConfig, suite) if suite else SuiteConfig())
+        self.verified: dict[str, VerificationResult] = {}
         self.results: Results = {}
         both = [name for name in self.sets if name in self.suite.names]
         if both:
@@ -39,11 +39,11 @@ class Evaluation:
 
     def run(self, embedder: Embedder) -> None:
         """Evaluate sets and suite, all ranks together; if it is interrupted, the previous results remain."""
-        judged = {}
+        verified = {}
         for name, pairs in self.sets.items():
             emb_ND = embedder.embed(pairs.faces)
             if emb_ND is not None:
-                judged[name] = pairs.judge(emb_ND)
+                verified[name] = pairs.judge(emb_ND)
         of_suite = self.suite.evaluate(embedder)
-        self.judged = judged
-        self.results = {name: {TASK: scores_of(result)} for name, result in judged.items()} | of_suite
+        self.verified = verified
+        self.results = {name: {TASK: scores_of(result)} for name, result in verified.items()} | of_suite

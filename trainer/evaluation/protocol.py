@@ -108,7 +108,7 @@ class Scores:
 Results = dict[str, dict[str, Scores]]
 
 
-class Protocol(ABC):
+class EvaluationProtocol(ABC):
     """An evaluation protocol: its faces, in the order of the data, and the scoring of their embeddings."""
 
     faces: Sequence[Face]

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from trainer.config import Strict, files_by_name
-from trainer.evaluation.protocol import Protocol, Results, Scores
+from trainer.evaluation.protocol import EvaluationProtocol, Results, Scores
 from trainer.evaluation.protocols.ijb import IJB
 from trainer.evaluation.protocols.megaface import MegaFace
 from trainer.evaluation.protocols.pairs import TASK, PairVerification
@@ -77,7 +77,7 @@ class SuiteConfig(Strict):
                 )
         return self
 
-    def protocols(self) -> Iterator[tuple[ProtocolConfig, Callable[[Path], Protocol]]]:
+    def protocols(self) -> Iterator[tuple[ProtocolConfig, Callable[[Path], EvaluationProtocol]]]:
         """Yield every protocol with its class, in the order of evaluation."""
         for key, field in type(self).model_fields.items():
             for protocol in field.metadata:
@@ -107,7 +107,7 @@ class Suite:
     def evaluate(self, embedder: Embedder) -> Results:
         """Return every protocol's scores on rank 0, and an empty dictionary on the others.
 
-        All ranks call it together. Raises the errors of `Embedder.embed` and `Protocol.score`.
+        All ranks call it together. Raises the errors of `Embedder.embed` and `EvaluationProtocol.score`.
         """
         results: Results = {}
         for name, protocol in self._protocols.items():

@@ -7,7 +7,7 @@
     cmc(search.first_rank(), 20), search.average_precision().mean()
 
 The matrix of all probes and the whole gallery is never allocated. An impostor as similar as a mate ranks
-before it, so that a network with equal embeddings for all images identifies nobody.
+before it, so that a network with equal embeddings for all images identifies no probe.
 
 Shapes: P probes, G entries of a gallery, C of a chunk of it, M pairs of a probe and a mate.
 """

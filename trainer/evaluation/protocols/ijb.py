@@ -26,7 +26,7 @@ from trainer.evaluation.metrics.identification import Search, cmc, mates
 from trainer.evaluation.metrics.similarity import gallery_similarity, pair_similarity, unit_rows
 from trainer.evaluation.metrics.templates import pooled
 from trainer.evaluation.metrics.verification import histogram, rejection, roc, tar_at_far, threshold_at
-from trainer.evaluation.protocol import Faces, Protocol, ProtocolFileError, Scores, check_embeddings
+from trainer.evaluation.protocol import EvaluationProtocol, Faces, ProtocolFileError, Scores, check_embeddings
 from trainer.evaluation.protocols.lists import read_table
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -47,7 +47,7 @@ class _Subjects(NamedTuple):
     subject_P: np.ndarray
 
 
-class IJB(Protocol):
+class IJB(EvaluationProtocol):
     """IJB-B or IJB-C in the folder that holds `loose_crop` and `meta`.
 
     Raises ProtocolFileError for lists that are missing, invalid or contradict each other.
@@ -74,7 +74,7 @@ class IJB(Protocol):
                 )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Return the scores "1:1" and "1:N"; see `Protocol.score`."""
+        """Return the scores "1:1" and "1:N"; see `EvaluationProtocol.score`."""
         check_embeddings(emb_ND, self.faces)
         template_TD = pooled(emb_ND, self._template_N, self._medium_N, self._confidence_N)
         quality_T = np.linalg.norm(template_TD, axis=1)

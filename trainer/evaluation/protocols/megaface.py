@@ -23,7 +23,7 @@ import numpy as np
 from trainer.evaluation.metrics.identification import Search, cmc, mates
 from trainer.evaluation.metrics.similarity import gallery_similarity, pair_similarity, unit_rows
 from trainer.evaluation.metrics.verification import roc, tar_at_far
-from trainer.evaluation.protocol import Faces, Protocol, ProtocolFileError, Scores, check_embeddings
+from trainer.evaluation.protocol import EvaluationProtocol, Faces, ProtocolFileError, Scores, check_embeddings
 from trainer.evaluation.protocols.lists import encoded, missing
 
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -33,7 +33,7 @@ _LARGEST_FAR = 1e-4
 _CURVE = 100
 
 
-class MegaFace(Protocol):
+class MegaFace(EvaluationProtocol):
     """MegaFace in the folder that holds `facescrub_images`, `megaface_images` and `devkit`.
 
     It uses all available lists of distractors, one to six. Raises ProtocolFileError for lists that are
@@ -56,7 +56,7 @@ class MegaFace(Protocol):
         )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Return the scores "identification"; see `Protocol.score`."""
+        """Return the scores "identification"; see `EvaluationProtocol.score`."""
         check_embeddings(emb_ND, self.faces)
         figures, curves = {}, {}
         for size, row_C in self._sets.items():

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.formats.pair_file import PairSet, read_pairs
 from trainer.evaluation.metrics.verification import VerificationResult, histogram, rejection, verify
-from trainer.evaluation.protocol import Face, Protocol, Scores, check_embeddings
+from trainer.evaluation.protocol import EvaluationProtocol, Face, Scores, check_embeddings
 
 TASK = "verification"
 _CONVENTION = (
@@ -40,7 +40,7 @@ class _FacesInside(Sequence[Face]):
         return Face(self._path / f"image {index}", None, self._images[index])
 
 
-class PairVerification(Protocol):
+class PairVerification(EvaluationProtocol):
     """The pairs of one verification file. Raises VerificationFileError for any other file."""
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class PairVerification(Protocol):
         return verify(emb_ND, self.pairs.issame_P)
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Return the scores "verification"; see `Protocol.score`."""
+        """Return the scores "verification"; see `EvaluationProtocol.score`."""
         result = self.judge(emb_ND)
         norm_P2 = np.linalg.norm(emb_ND, axis=1).reshape(-1, 2)
         quality_G = norm_P2.min(axis=1)[result.issame_P]

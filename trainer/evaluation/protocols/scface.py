@@ -20,7 +20,7 @@ import numpy as np
 
 from trainer.evaluation.metrics.identification import Search, cmc
 from trainer.evaluation.metrics.similarity import pair_similarity, unit_rows
-from trainer.evaluation.protocol import Faces, Protocol, ProtocolFileError, Scores, check_embeddings
+from trainer.evaluation.protocol import EvaluationProtocol, Faces, ProtocolFileError, Scores, check_embeddings
 from trainer.evaluation.protocols.lists import encoded, listing, read_table
 
 SUBJECTS = 130
@@ -32,7 +32,7 @@ _FINE_TUNED = 50
 _MUGSHOTS = "mugshot_frontal_original_all"
 
 
-class SCFace(Protocol):
+class SCFace(EvaluationProtocol):
     """SCFace in its folder `SCface_database`: the mugshots, then each distance, camera by camera.
 
     Raises ProtocolFileError for a missing image or a missing line of coordinates.
@@ -47,7 +47,7 @@ class SCFace(Protocol):
         self.faces = Faces(folder, encoded(names), _landmarks(folder / "all.txt", names))
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Return scores by the name of the convention; see `Protocol.score`."""
+        """Return scores by the name of the convention; see `EvaluationProtocol.score`."""
         check_embeddings(emb_ND, self.faces)
         unit_ND = unit_rows(emb_ND)
         return {

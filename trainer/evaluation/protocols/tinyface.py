@@ -20,7 +20,7 @@ import numpy as np
 
 from trainer.evaluation.metrics.identification import Search, cmc, mates
 from trainer.evaluation.metrics.similarity import gallery_similarity, pair_similarity, unit_rows
-from trainer.evaluation.protocol import Faces, Protocol, ProtocolFileError, Scores, check_embeddings
+from trainer.evaluation.protocol import EvaluationProtocol, Faces, ProtocolFileError, Scores, check_embeddings
 from trainer.evaluation.protocols.lists import encoded, listing
 
 RANKS = (1, 5, 20)
@@ -28,7 +28,7 @@ _CURVE = 100
 _DISTRACTOR = -100
 
 
-class TinyFace(Protocol):
+class TinyFace(EvaluationProtocol):
     """TinyFace in its `Testing_Set`.
 
     Raises ProtocolFileError if a folder is missing or empty, a name has no number, or a probe has no mate.
@@ -56,7 +56,7 @@ class TinyFace(Protocol):
         )
 
     def score(self, emb_ND: np.ndarray) -> dict[str, Scores]:
-        """Return the scores "identification"; see `Protocol.score`."""
+        """Return the scores "identification"; see `EvaluationProtocol.score`."""
         check_embeddings(emb_ND, self.faces)
         search = self._search(emb_ND)
         curve = cmc(search.first_rank(), _CURVE)
