@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from partial_fc import collectives, optim, partition, sampling
+from partial_fc import collectives, partition, sampling
 from partial_fc.config import FLOAT32_MAX_SCALE, HeadConfig
 from partial_fc.dense import Dense
 from partial_fc.margin import Margin
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
 from partial_fc.streaming import Streaming
-from partial_fc.targets import target_units, unit
+from partial_fc.targets import Embeddings, target_units, unit
 
 IGNORE = -1
 _INITIAL_STD = 0.01
@@ -37,14 +37,7 @@ _BLOCK = 1024
 class MarginSoftmax(Protocol):
     """Interface between the head and its backends; `streaming.Streaming` documents the three phases."""
 
-    def local_softmax(
-        self,
-        weight_RD: Tensor,
-        sample: Sample,
-        emb_GD: Tensor,
-        target_position_G: Tensor,
-        known_cos_G: Tensor | None,
-    ) -> Any:
+    def local_softmax(self, weight_RD: Tensor, sample: Sample, batch: Embeddings) -> Any:
         """Return an object with `others_lse_G` and `target_G`, passed on to the next phase."""
         ...
 
@@ -99,7 +92,7 @@ class PartialFC:
         self.classes = partition.class_range(num_classes, *collectives.rank_and_size(group))
         self.weight_RD = torch.empty(len(self.classes), embedding_size, dtype=dtype, device=device)
         _fill_initial(self.weight_RD, self.classes, seed)
-        self._optimizer = optim.build(config, self.weight_RD)
+        self._optimizer = config.optimizer.build(self.weight_RD)
         self._margin = config.margin.build(device)
         self._softmax = _softmax(config, self._margin, self.weight_RD)
         self._sample_rate, self._seed = config.sample_rate, seed
@@ -155,7 +148,8 @@ class PartialFC:
         norm_G, cos_G = torch.linalg.vector_norm(emb_GD, dim=1), None
         if self._margin.modifies_negatives:
             cos_G = collectives.reduce_targets(self._target_cosines(emb_GD, position_G), self._group)
-        local = self._softmax.local_softmax(self.weight_RD, self._sample, emb_GD, position_G, cos_G)
+        batch = Embeddings(emb_GD, position_G, cos_G)
+        local = self._softmax.local_softmax(self.weight_RD, self._sample, batch)
         others_lse_G, target_G = collectives.reduce_softmax(
             local.others_lse_G.detach(), local.target_G.detach(), self._group
         )

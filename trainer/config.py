@@ -1,4 +1,4 @@
-"""A whole run: the rooms' configurations side by side, and the few keys that belong to none of them."""
+"""Configuration of a run: the tables of its parts, and the keys and the schedule of the run itself."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_pipeline.config import DataConfig
 from partial_fc.config import HeadConfig
-from trainer import backbones
-from trainer import config_file as settings
+from trainer import backbones, config_file
 
-# Below it, oneDNN as torch 2.13 brings it crashes in the backward pass of strided 1x1 convolutions.
+# With narrower convolutions, oneDNN in torch 2.13 crashes in the backward pass of strided 1x1 convolutions.
 LEAST_CHANNELS_LAST_WIDTH = 16
 
-# Keys that say where and how a run is executed, not what is computed: a continued run may change them.
+# Keys that affect the execution of a run and not its result: a resumed run may change them.
 MAY_CHANGE = (
     "run_dir",
     "micro_batch",
@@ -41,44 +40,68 @@ MAY_CHANGE = (
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; a configuration does not change once it is read."""
+    """An immutable table that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class OptimizerConfig(Strict):
-    """What moves the backbone, and the learning rate of backbone and head."""
+    """The keys that all optimizers of the backbone have; backbone and head share the learning rate."""
 
-    kind: Literal["sgd", "adamw"] = Field("sgd", description="what moves the backbone's weights")
+    kind: str
     learning_rate: float = Field(0.1, gt=0, description="learning rate after the warm-up")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd; beta1 of adamw")
-    beta2: float = Field(0.999, ge=0, lt=1, description="beta2 of adamw")
     weight_decay: float = Field(
         5e-4,
         ge=0,
-        description="decay of the backbone's weights, norms, biases and PReLU slopes excepted: sgd adds this "
-        "times a weight to its gradient, adamw takes this times the learning rate off the weight",
+        description="weight decay of the backbone, except for norms, biases and PReLU slopes: sgd adds this "
+        "times a weight to its gradient, adamw subtracts this times the learning rate times the weight",
     )
     clip_norm: float | None = Field(
-        None, gt=0, description="norm to which the backbone's whole gradient is cut; by default it is not"
+        None, gt=0, description="largest norm of the whole backbone's gradient; by default it is not clipped"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
     power: float = Field(2.0, ge=0, description="exponent of the polynomial decay after the warm-up")
 
 
+class SGDConfig(OptimizerConfig):
+    """SGD with momentum."""
+
+    kind: Literal["sgd"] = Field("sgd", description="SGD with momentum")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum")
+
+
+class AdamWConfig(OptimizerConfig):
+    """AdamW."""
+
+    kind: Literal["adamw"] = Field("adamw", description="AdamW")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+
+
+def _with_kind(value: Any) -> Any:
+    """Take a table without a `kind` as that of sgd."""
+    return {"kind": "sgd", **value} if isinstance(value, dict) else value
+
+
+# The configuration of either optimizer, chosen by `kind`.
+AnyOptimizer = Annotated[SGDConfig | AdamWConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+
+
 class EngineConfig(Strict):
-    """How the backbone runs on the devices."""
+    """Execution of the backbone on the devices."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what DeepSpeed ZeRO divides over the ranks: 1 moments, 2 gradients too, 3 weights too"
+        1,
+        description="stage of DeepSpeed ZeRO: 1 divides the moments over the ranks, 2 also the gradients, "
+        "3 also the weights",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="type of the backbone's matrix products; auto is bf16 on a GPU that has it"
+        "auto", description="type of the backbone's matrix products; auto is bf16 on a GPU that supports it"
     )
     channels_last: bool = Field(
         False,
-        description="keep the channels of a cell side by side in memory, which makes convolutions faster on "
-        "GPUs with tensor cores and on CPUs",
+        description="channels-last memory layout, which makes convolutions faster on GPUs with tensor cores "
+        "and on CPUs",
     )
     compile: bool = Field(
         False,
@@ -88,30 +111,34 @@ class EngineConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    """When the state of the run is saved."""
+    """Intervals of checkpoints, and the number to keep."""
 
-    every_steps: int = Field(1000, ge=1, description="steps between checkpoints; the last step has one too")
-    keep: int = Field(3, ge=1, description="number of newest whole checkpoints that are kept")
+    every_steps: int = Field(
+        1000, ge=1, description="steps between checkpoints; the last step is always saved"
+    )
+    keep: int = Field(3, ge=1, description="number of newest intact checkpoints to keep")
     keep_every_steps: int | None = Field(
-        None, ge=1, description="checkpoints at multiples of this step are kept for ever"
+        None, ge=1, description="checkpoints at multiples of this step are kept forever"
     )
     when_busy: Literal["wait", "skip"] = Field(
-        "wait", description="what a checkpoint does that is due while the one before is still being written"
+        "wait",
+        description="what to do when a checkpoint is due while the previous one is still being written: wait "
+        "for it, or skip the new one",
     )
     deadline_s: float = Field(
         60,
         gt=0,
-        description="seconds from a signal to stop until the process ends; a checkpoint that is not done "
-        "then is given up",
+        description="seconds from a signal to stop until the process ends; a checkpoint that is still being "
+        "written then is removed",
     )
 
 
 class EvaluationConfig(Strict):
-    """What the network is tested on before the first step, during training and after the last."""
+    """Evaluation of the network before the first step, during training and after the last step."""
 
     sets: list[Path] = Field(
         [],
-        description="verification files (.bin); a relative one is looked for in the folders of data.path",
+        description="verification files (.bin); relative paths are searched in the folders of data.path",
     )
     suite: Path | None = Field(
         None, description="file of more protocols (TOML), such as configs/eval/standard.toml"
@@ -121,20 +148,20 @@ class EvaluationConfig(Strict):
 
 
 class MetricsConfig(Strict):
-    """Prometheus metrics, served by one rank of every node while it trains."""
+    """Prometheus metrics, served by one rank of every node during training."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens it to the network")
-    port: int = Field(9400, ge=0, le=65535, description="TCP port; 0 takes any free one and says which")
+    port: int = Field(9400, ge=0, le=65535, description="TCP port; 0 takes any free one and prints it")
 
 
 class WatchdogConfig(Strict):
-    """What ends a job of which a rank hangs."""
+    """End of the job when a rank hangs."""
 
     timeout_s: float = Field(
         600,
         gt=0,
-        description="seconds that a step may take; starting, the first step and saving may take three times "
-        "as long, and evaluating, per batch; then the job ends and says which rank is behind",
+        description="seconds that a step may take, and three times that for the start, the first step, a "
+        "save and each batch of an evaluation; after that the job ends and names the rank that is behind",
     )
 
 
@@ -143,30 +170,31 @@ class RunConfig(Strict):
 
     run_dir: Path = Field(description="folder of the run: checkpoints, metrics, results, report")
     seed: int = Field(
-        1, ge=0, lt=1 << 63, description="all randomness of the run is a function of it and of positions"
+        1, ge=0, lt=1 << 63, description="every random choice is a function of the seed and a position"
     )
     global_batch: int = Field(ge=1, description="images per step, over all ranks")
     micro_batch: int = Field(
-        64, ge=1, description="most images that a rank takes at once; more per step are accumulated"
+        64, ge=1, description="largest number of images per rank and micro-batch; a step accumulates several"
     )
     steps: int | None = Field(None, ge=1, description="length of the run in steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data")
     skip_limit: int = Field(
         20,
         ge=1,
-        description="steps in a row that may be skipped, as their loss or gradient is not finite, "
-        "before the run goes back to the newest checkpoint",
+        description="number of consecutive steps with a non-finite loss or gradient, which are skipped, "
+        "after which the run returns to the newest checkpoint",
     )
     rollback_limit: int = Field(
         3,
         ge=0,
-        description="times that the run goes back before it stops; it also stops if it gets no further then",
+        description="number of returns to a checkpoint after which the run ends; it also ends if a return "
+        "leads to no progress",
     )
-    log_every_steps: int = Field(10, ge=1, description="steps between two looks at the losses")
+    log_every_steps: int = Field(10, ge=1, description="steps between two records of the losses")
     data: DataConfig
     backbone: backbones.AnyBackbone = Field(default_factory=backbones.default)
     head: HeadConfig = HeadConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizer = SGDConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -188,8 +216,8 @@ class RunConfig(Strict):
         if engine.compile and (engine.zero_stage == 3 or backbone.recompute):
             other = "engine.zero_stage = 3" if engine.zero_stage == 3 else "backbone.recompute"
             raise ValueError(
-                f"engine.compile and {other}: expected at most one of them, as torch.compile does not see "
-                "through what the other does around every block; set engine.compile = false"
+                f"engine.compile and {other}: expected at most one of them, as torch.compile cannot trace "
+                "the hooks that the other adds to every block; set engine.compile = false"
             )
         narrowest = backbone.narrowest_convolution
         if engine.channels_last and narrowest is not None and narrowest < LEAST_CHANNELS_LAST_WIDTH:
@@ -201,19 +229,22 @@ class RunConfig(Strict):
         return self
 
     def total_steps(self, images: int | None) -> int:
-        """Steps of the run on a dataset of `images`; the last step of `epochs` is a whole one.
+        """Return the number of steps on a dataset of `images`; the last step of `epochs` is a full one.
 
-        Raises ValueError if the number of images is not known, None, and `epochs` is what is given.
+        Raises ValueError if the number of images is unknown (None) and the length is given in epochs.
         """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         if images is None:
-            raise ValueError("epochs: of streamed shards nobody knows how many images they hold; set steps")
+            raise ValueError(
+                "epochs: expected a dataset of known size, found streamed shards, whose number of images is "
+                "unknown; set steps instead"
+            )
         return math.ceil(self.epochs * images / self.global_batch)
 
     def schedule(self, images: int | None) -> Schedule:
-        """Return the schedule of the run on a dataset of `images`; raises as `total_steps` does."""
+        """Return the schedule of the run on a dataset of `images`. Raises the errors of `total_steps`."""
         return Schedule(
             self.seed,
             self.total_steps(images),
@@ -224,7 +255,7 @@ class RunConfig(Strict):
         )
 
     def verification_files(self) -> dict[str, Path]:
-        """Name of each verification set -> its file. Raises ValueError if two have one name."""
+        """Return the file of each verification set by name. Raises ValueError if two have the same name."""
         return files_by_name([self._in_data(path) for path in self.evaluation.sets])
 
     def _in_data(self, path: Path) -> Path:
@@ -233,12 +264,12 @@ class RunConfig(Strict):
 
 
 def load(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """The configuration file at `path`, changed by `key=value` overrides. Raises ValueError for mistakes."""
-    return settings.load(RunConfig, path, overrides)
+    """Load a configuration file, changed by `key=value` overrides. Raises ValueError if it is invalid."""
+    return config_file.load(RunConfig, path, overrides)
 
 
 def files_by_name(files: Sequence[Path]) -> dict[str, Path]:
-    """Verification files by their names without `.bin`. Raises ValueError if two have one name."""
+    """Return the files by name without `.bin`. Raises ValueError if two have the same name."""
     named = {path.stem: path for path in files}
     if len(named) < len(files):
         raise ValueError(
@@ -249,7 +280,7 @@ def files_by_name(files: Sequence[Path]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Number of steps of a run, intervals between its events in steps, and the learning rate of each step."""
+    """Number of steps of a run, intervals of its events in steps, and the learning rate of each step."""
 
     seed: int
     steps: int
@@ -285,9 +316,9 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, powe
 
 
 def micro_batch(config: RunConfig, world_size: int) -> int:
-    """The largest micro-batch within the configured one that divides a rank's part of the global batch.
+    """Return the largest divisor of a rank's part of the global batch up to the configured micro-batch.
 
-    Raises ValueError, with the world sizes that work, if the global batch does not divide by the ranks.
+    Raises ValueError, with the valid world sizes, if the world size does not divide the global batch.
     """
     per_rank, rest = divmod(config.global_batch, world_size)
     if rest:
@@ -300,7 +331,7 @@ def micro_batch(config: RunConfig, world_size: int) -> int:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lines `key: before -> now` of the keys that differ and matter to what is computed."""
+    """Return a line `key: before -> now` for each differing key that affects the result."""
     flat_before, flat_now = _flatten(before), _flatten(now)
     keys = [key for key in {**flat_before, **flat_now} if not _may_change(key)]
     return [

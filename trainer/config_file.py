@@ -1,10 +1,10 @@
-"""A configuration file becomes a model: TOML, then `key=value` overrides, then pydantic's checks.
+"""Configuration files: TOML, changed by `key=value` overrides and validated by a pydantic model.
 
     load(SynthConfig, Path("configs/demo_data.toml"), ["seed=7", "augment.flip_probability=0"])
 
-All that is wrong is said at once, in one ValueError with a line per key: where the key stands, its dotted
-name, what was expected and what was found; an unknown key also gets the nearest valid ones. `describe` and
-`help_text` list the keys of a model, so that the help can never differ from what is accepted.
+One ValueError reports all errors, a line for each key: its source, its dotted name, the expected and the
+found value; for an unknown key also the valid keys and the nearest match. `describe` and `help_text` list the
+keys of a model, so that the help matches the accepted keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Key(NamedTuple):
-    """One key of a configuration: dotted name, type with bounds, default as TOML, and what it means."""
+    """One key of a configuration: dotted name, type with bounds, default as TOML, description."""
 
     name: str
     type: str
@@ -38,12 +38,12 @@ class Key(NamedTuple):
 
 
 def load(model: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
-    """The configuration in the TOML file `path` (None: an empty one), changed by `overrides`.
+    """Return the configuration in the TOML file `path` (None: an empty one), changed by `overrides`.
 
-    An override is `dotted.key=value`; the value is read as TOML, and taken as a string where it is none.
+    An override is `dotted.key=value`; a value that is not valid TOML is a string.
 
-    Raises ValueError if the file cannot be read as TOML, an override has no "=" or enters what is not a
-    table, or keys are unknown, missing or have values that the model refuses.
+    Raises ValueError if the file cannot be read as TOML, if an override has no "=" or names a key below a
+    value that is not a table, or if keys are unknown, missing or invalid.
     """
     tree = {} if path is None else _read_toml(path)
     overridden = [_apply(tree, override) for override in overrides]
@@ -55,12 +55,12 @@ def load(model: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
 
 
 def describe(model: type[BaseModel]) -> list[Key]:
-    """All keys of a model in the order of definition, those of nested models with their dotted names."""
+    """Return all keys of a model in the order of definition; keys of nested models have dotted names."""
     return list(_keys(model, None, ""))
 
 
 def help_text(model: type[BaseModel], width: int = 100) -> str:
-    """The keys of a model as text: two lines and more for each, wrapped at `width` columns."""
+    """Return the keys of a model as text, wrapped at `width` columns."""
     blocks = []
     for key in describe(model):
         indented = textwrap.fill(key.description, width, initial_indent="    ", subsequent_indent="    ")
@@ -80,7 +80,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> str:
-    """Put one override into the tree; returns its dotted key."""
+    """Apply one override to the tree; return its dotted key."""
     name, equals, text = override.partition("=")
     name = name.strip()
     *tables, last = name.split(".")
@@ -109,7 +109,7 @@ def _toml_value(text: str) -> Any:
 def _explain(
     model: type[BaseModel], error: Mapping[str, Any], path: Path | None, overridden: list[str]
 ) -> str:
-    """One line for one of pydantic's errors."""
+    """Return a line of text for one of pydantic's errors."""
     loc, table = _resolve(model, error["loc"])
     name = ".".join(map(str, loc))
     where = _where(name, path, overridden)
@@ -123,6 +123,12 @@ def _explain(
             f"{where}: {name}.{tag}: expected one of {error['ctx']['expected_tags']}, found {found!r}{hint}"
         )
     subject = f"{where}: {name}" if name else where
+    if error["type"] == "model_attributes_type":  # of tables with kinds only
+        kinds = _kinds(table.model_fields[str(loc[-1])].annotation)
+        tag, names = _tag_of(next(iter(kinds.values()))), ", ".join(map(repr, kinds))
+        return (
+            f"{subject}: expected a table, found {error['input']!r:.80}; set {name}.{tag} to one of {names}"
+        )
     if error["type"] == "missing":
         field = table.model_fields[str(error["loc"][-1])]
         return f"{subject}: expected a value, found none ({field.description})"
@@ -133,7 +139,7 @@ def _explain(
 
 
 def _where(name: str, path: Path | None, overridden: list[str]) -> str:
-    """Where the value of a key comes from; a table may come from both."""
+    """Return the source of a key's value: the file, --set, or both for a table."""
     if any(name == key or name.startswith(f"{key}.") for key in overridden) or path is None:
         return "--set" if overridden else "configuration"
     is_above = any(not name or key.startswith(f"{name}.") for key in overridden)
@@ -143,7 +149,7 @@ def _where(name: str, path: Path | None, overridden: list[str]) -> str:
 def _nearest(
     model: type[BaseModel], table: type[BaseModel], raw: tuple[str | int, ...], loc: tuple[str | int, ...]
 ) -> str:
-    """Return what to write instead of an unknown key of `table`: namesakes elsewhere, similar keys here."""
+    """Return suggestions for an unknown key of `table`: the same key below it or elsewhere, similar keys."""
     *outer, last = loc
     prefix = "".join(f"{part}." for part in outer)
     beside = list(table.model_fields)
@@ -151,12 +157,13 @@ def _nearest(
     if owners:
         is_table = last in owners
         hint = (
-            f"the keys of {last} stand in [{prefix[:-1]}] itself"
+            f"the keys of {last} belong to [{prefix[:-1]}] itself"
             if is_table
             else f"it belongs to {' and '.join(owners)}"
         )
         return f"; {hint}. Valid keys of [{prefix[:-1]}] here: {', '.join(beside)}"
     namesakes = [key.name for key in describe(model) if key.name.rpartition(".")[2] == last]
+    namesakes = [name for name in namesakes if name.startswith(prefix)] or namesakes
     similar = [prefix + name for name in difflib.get_close_matches(str(last), beside, 3, 0.7)]
     hints = list(dict.fromkeys(namesakes + similar))
     hint = f"; did you mean {' or '.join(hints)}? Valid" if hints else "; valid"
@@ -185,7 +192,7 @@ def _resolve(
 
 
 def _kinds_with(model: type[BaseModel], loc: tuple[str | int, ...], key: str) -> list[str]:
-    """Return the kinds, other than the chosen one, that know the key at `loc` or are called by it."""
+    """Return the kinds, other than the chosen one, that have the key at `loc` or are named by it."""
     for part in loc:
         field = model.model_fields.get(str(part))
         if field is None:
@@ -210,7 +217,7 @@ def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def _tag_of(model: type[BaseModel]) -> str:
-    """Return the field whose one value names the kind."""
+    """Return the name of the field that selects the kind: the one with a single allowed value."""
     return next(
         name for name, field in model.model_fields.items() if len(typing.get_args(field.annotation)) == 1
     )
@@ -242,7 +249,7 @@ def _keys(model: type[BaseModel], defaults: BaseModel | None, prefix: str) -> It
 def _keys_of_kinds(
     kinds: dict[str, type[BaseModel]], default: Any, name: str, field: FieldInfo
 ) -> Iterator[Key]:
-    """Yield the key that chooses, then the keys of each kind with the kinds that have them."""
+    """Yield the key that selects the kind, then the keys of all kinds with the kinds that have them."""
     tag = _tag_of(type(default))
     about = "; ".join(f"{kind}: {one.model_fields[tag].description}" for kind, one in kinds.items())
     yield Key(f"{name}.{tag}", " | ".join(map(_as_toml, kinds)), _as_toml(getattr(default, tag)), about)
@@ -257,7 +264,7 @@ def _keys_of_kinds(
 
 
 def _table(annotation: Any) -> type[BaseModel] | None:
-    """The model of a field that is a TOML table: a model, or a model that may be absent."""
+    """Return the model of a field that is a table, possibly optional; None for any other field."""
     args = [arg for arg in typing.get_args(annotation) if arg is not types.NoneType]
     is_optional = typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(args) == 1
     candidate = args[0] if is_optional else annotation
@@ -291,7 +298,7 @@ def _annotation_text(annotation: Any) -> str:
 
 
 def _as_toml(value: Any) -> str:
-    """A default as one would write it in the file; TOML has no null, so None is "not set"."""
+    """Return a default as it is written in a file; TOML has no null, so that None is "not set"."""
     match value:
         case None:
             return "not set"

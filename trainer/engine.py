@@ -35,7 +35,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from trainer.backbones import Backbone, Features, parameter_groups
-from trainer.config import EngineConfig, OptimizerConfig
+from trainer.config import AdamWConfig, AnyOptimizer, EngineConfig
 
 # The moments that an optimizer keeps per parameter: name in a checkpoint (as for the head) -> name in torch.
 _MOMENTS = {
@@ -67,7 +67,7 @@ class Engine:
         self,
         model: Backbone,
         engine: EngineConfig,
-        optimizer: OptimizerConfig,
+        optimizer: AnyOptimizer,
         *,
         micro_batch: int,
         group: dist.ProcessGroup,
@@ -80,7 +80,7 @@ class Engine:
         }
         self._stage = engine.zero_stage
         self._moments = _MOMENTS[optimizer.kind]
-        self._optimizer = _optimizer(model, optimizer, looks_itself=self._stage == 0)
+        self._optimizer = _optimizer(model, optimizer, checks_gradients=self._stage == 0)
         self._layout = torch.channels_last if engine.channels_last else torch.preserve_format
         if engine.compile:
             _compile(model)
@@ -278,13 +278,13 @@ class _FiniteAdamW(_Finite, torch.optim.AdamW):
     """torch's AdamW, for stage 0."""
 
 
-def _optimizer(model: Backbone, config: OptimizerConfig, *, looks_itself: bool) -> torch.optim.Optimizer:
+def _optimizer(model: Backbone, config: AnyOptimizer, *, checks_gradients: bool) -> torch.optim.Optimizer:
     """Build torch's optimizer; from stage 1 on, DeepSpeed owns the gradients and checks them itself."""
     groups, rate = parameter_groups(model, config.weight_decay), config.learning_rate
-    if config.kind == "adamw":
-        betas = (config.momentum, config.beta2)
-        return (_FiniteAdamW if looks_itself else torch.optim.AdamW)(groups, lr=rate, betas=betas)
-    return (_FiniteSGD if looks_itself else torch.optim.SGD)(groups, lr=rate, momentum=config.momentum)
+    if isinstance(config, AdamWConfig):
+        betas = (config.beta1, config.beta2)
+        return (_FiniteAdamW if checks_gradients else torch.optim.AdamW)(groups, lr=rate, betas=betas)
+    return (_FiniteSGD if checks_gradients else torch.optim.SGD)(groups, lr=rate, momentum=config.momentum)
 
 
 def _initialize(

@@ -1,4 +1,4 @@
-"""Entry points of a process of a job, however launched: join the other ranks, then train or evaluate."""
+"""Entry points of each process of a job, under any launcher: join the other ranks, then train or evaluate."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from data_pipeline.batch import RankSlice
 from data_pipeline.common.progress_bar import progress_bar
 from data_pipeline.indexed.loader import Loader
+from data_pipeline.loader import LoaderContext
 from data_pipeline.quarantine import Quarantine
-from data_pipeline.source import LoaderContext, open_source
+from data_pipeline.source import Source, open_source
 from data_pipeline.streaming.loader import RemoteLoader
-from trainer.checkpoint import sharded as checkpoint
-from trainer.config import RunConfig, load, micro_batch
+from trainer.checkpoint.sharded import versions
+from trainer.config import RunConfig, Schedule, load, micro_batch
 from trainer.divergence import Divergence, Suspects
 from trainer.engine import uses_bf16
 from trainer.evaluation.during_training import Evaluation
 from trainer.evaluation.protocol import Results
 from trainer.evaluation.suite import Suite, SuiteConfig
-from trainer.inference import network as extraction
+from trainer.inference import network
 from trainer.inference.embedder import Embedder, Network
-from trainer.loop import GatherLabels, Training
-from trainer.report import evaluation as files
+from trainer.loop import GatherLabels, MakeLoader, Training
+from trainer.report.evaluation import write
 from trainer.report.summary import conclude, device_name
 from trainer.run_log import QUARANTINE_FILE, RunLog
 from trainer.runtime.ranks import Ranks, join
@@ -33,13 +34,13 @@ from trainer.train_state import Checkpoints, build_or_resume
 
 
 def train(config: Path, overrides: Sequence[str], stop: StopRequest) -> None:
-    """Train as the configuration file says, changed by `key=value` overrides.
+    """Train by the configuration file, changed by `key=value` overrides.
 
-    `stop` is made, and entered, by whoever starts the process, before this module is imported: that takes
-    seconds, in which a signal would end the process instead of stopping the run.
+    The caller creates and enters `stop` before it imports this module: the import takes seconds, in which a
+    signal would otherwise end the process instead of stopping the run.
 
-    A failure is printed by the first rank that has one and ends the process with exit code 1. Raises Stopped
-    on all ranks if a signal asked any of them to stop.
+    The first rank that fails prints its error, and the process ends with exit code 1. Raises Stopped on all
+    ranks if any of them received a signal to stop.
     """
     with join() as ranks:
         stopped_by = run(load(config, overrides), ranks, stop)
@@ -48,16 +49,17 @@ def train(config: Path, overrides: Sequence[str], stop: StopRequest) -> None:
 
 
 def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
-    """Train from where the run directory stands to the last step, on all ranks together.
+    """Train from the newest checkpoint, or from the start, to the last step, on all ranks together.
 
     Return 0, or the number of the signal that ended the run earlier.
 
-    Raises ValueError for what the user can correct: configuration, dataset, checkpoint, divergence.
+    Raises ValueError for errors of the user: configuration, dataset, checkpoint, divergence.
     """
     ranks.pulse.limit(config.watchdog.timeout_s)
     micro = micro_batch(config, ranks.world_size)
     rank_slice = RankSlice(ranks.rank, ranks.world_size, config.global_batch, micro)
     source = open_source(config.data)
+    schedule = config.schedule(source.images)
     evaluation = Evaluation(
         config.verification_files(),
         config.evaluation.suite,
@@ -66,34 +68,42 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
     )
     if ranks.is_first:
         _make_run_dir(config.run_dir)
-    state, saved = build_or_resume(config, source, ranks, micro)
+    stopped_by = _train(config, schedule, ranks, stop, rank_slice, source, evaluation)
+    if not stopped_by and ranks.is_first:
+        ranks.pulse.note(schedule.steps, "writing the report", is_slow=True)
+        conclude(
+            config.run_dir,
+            config_text=config.model_dump_json(indent=2),
+            schedule=schedule,
+            global_batch=config.global_batch,
+            source=source,
+            evaluation=evaluation,
+            ranks=ranks,
+        )
+    return stopped_by
+
+
+def _train(
+    config: RunConfig,
+    schedule: Schedule,
+    ranks: Ranks,
+    stop: StopRequest,
+    rank_slice: RankSlice,
+    source: Source,
+    evaluation: Evaluation,
+) -> int:
+    """Build or resume the network and the head, and run the steps that are left; return as `run` does."""
+    state, saved = build_or_resume(config, source, ranks, rank_slice.micro_batch)
     first_step, cursor = (saved.step, saved.cursor) if saved else (0, None)
-    schedule = config.schedule(source.images)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data.max_bad_share)
-
-    def make_loader(
-        step: int, cursor: list[list[int]] | None, gather_labels: GatherLabels
-    ) -> Loader | RemoteLoader:
-        local = ranks.placement.local_world_size
-        context = LoaderContext(rank_slice, config.seed, step, cursor, local, ranks.device_id)
-        return source.loader(context, quarantine, gather_labels)
-
-    with RunLog(
-        config.run_dir,
-        steps=schedule.steps,
-        first_step=first_step,
-        global_batch=config.global_batch,
-        quarantine=quarantine,
-        is_first=ranks.is_first,
-    ) as log:
+    make_loader = _loader_factory(config.seed, ranks, rank_slice, source, quarantine)
+    with _run_log(config, schedule, ranks, quarantine, first_step) as log:
         if ranks.is_first_on_node:
             log.serve(config.metrics)
-        log.say(
-            f"{source.images or 'streamed'} images of {source.num_classes} identities; "
-            f"{ranks.world_size} ranks on {ranks.device.type}, "
-            f"{rank_slice.accumulation} x {micro} images each; steps {first_step} to {schedule.steps}"
-        )
+        log.say(_summary(schedule, ranks, rank_slice, source, first_step))
+        checkpoints = Checkpoints(config, source, state, ranks, log)
         suspects = Suspects(config.data.path or config.data.shards, config.head.scale)
+        divergence = Divergence(config.skip_limit, config.rollback_limit, suspects)
         training = Training(
             ranks,
             stop,
@@ -102,19 +112,50 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
             state,
             make_loader,
             evaluation,
-            Checkpoints(config, source, state, ranks, log),
-            Divergence(config.skip_limit, config.rollback_limit, suspects),
+            checkpoints,
+            divergence,
             log,
             cursor,
         )
         stop.keep_deadline(
             config.checkpoint.deadline_s, is_first=ranks.is_first, tidy=training.give_up_saving
         )
-        stopped_by = training.execute(first_step)
-    if not stopped_by and ranks.is_first:
-        ranks.pulse.note(schedule.steps, "writing the report", is_slow=True)
-        conclude(config, source, evaluation, ranks)
-    return stopped_by
+        return training.execute(first_step)
+
+
+def _run_log(
+    config: RunConfig, schedule: Schedule, ranks: Ranks, quarantine: Quarantine, first_step: int
+) -> RunLog:
+    return RunLog(
+        config.run_dir,
+        steps=schedule.steps,
+        first_step=first_step,
+        global_batch=config.global_batch,
+        quarantine=quarantine,
+        is_first=ranks.is_first,
+    )
+
+
+def _summary(schedule: Schedule, ranks: Ranks, rank_slice: RankSlice, source: Source, first_step: int) -> str:
+    return (
+        f"{source.images or 'streamed'} images of {source.num_classes} identities; "
+        f"{ranks.world_size} ranks on {ranks.device.type}, "
+        f"{rank_slice.accumulation} x {rank_slice.micro_batch} images each; "
+        f"steps {first_step} to {schedule.steps}"
+    )
+
+
+def _loader_factory(
+    seed: int, ranks: Ranks, rank_slice: RankSlice, source: Source, quarantine: Quarantine
+) -> MakeLoader:
+    def make_loader(
+        step: int, cursor: list[list[int]] | None, gather_labels: GatherLabels
+    ) -> Loader | RemoteLoader:
+        local = ranks.placement.local_world_size
+        context = LoaderContext(rank_slice, seed, step, cursor, local, ranks.device_id)
+        return source.loader(context, quarantine, gather_labels)
+
+    return make_loader
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -131,17 +172,18 @@ def _make_run_dir(run_dir: Path) -> None:
 def evaluate(
     path: Path, config: SuiteConfig, *, name: str, batch_size: int, out: Path | None
 ) -> Results | None:
-    """Results of a network on a suite called `name`, also written to the folder `out`; None but on rank 0.
+    """Evaluate a network on the suite `name`; return the results and write them to the folder `out`.
 
-    `path` is a checkpoint, a run (its newest), or a network's file (.pt, .safetensors).
+    `path` is a checkpoint, a run (its newest checkpoint), or a network's file (.pt, .safetensors). Returns
+    None on all ranks except rank 0.
     """
     with join() as ranks, _progress(ranks) as progress:
         if ranks.is_first and out is not None:
-            out.mkdir(parents=True, exist_ok=True)  # not to find out after hours that it cannot be made
+            out.mkdir(parents=True, exist_ok=True)  # an error here costs less than one after hours
         suite = Suite(config)
-        found = extraction.network_of(path, ranks)
-        network = _with_autocast(found, ranks)
-        results = suite.evaluate(Embedder(network, found.image_size, batch_size, ranks, progress=progress))
+        found = network.network_of(path, ranks)
+        embed = _with_autocast(found, ranks)
+        results = suite.evaluate(Embedder(embed, found.image_size, batch_size, ranks, progress=progress))
         if ranks.is_first and out is not None:
             about = {
                 "suite": name,
@@ -149,9 +191,9 @@ def evaluate(
                 "step": found.step,
                 "world_size": ranks.world_size,
                 "device": device_name(ranks.device),
-                "versions": checkpoint.versions(),
+                "versions": versions(),
             }
-            files.write(out, results, about)
+            write(out, results, about)
     return results if ranks.is_first else None
 
 
@@ -159,12 +201,12 @@ def _progress(ranks: Ranks) -> AbstractContextManager[Callable[[int, int], None]
     return progress_bar("embedding") if ranks.is_first else nullcontext(lambda done, total: None)
 
 
-def _with_autocast(found: extraction.Network, ranks: Ranks) -> Network:
+def _with_autocast(found: network.Network, ranks: Ranks) -> Network:
     is_bf16 = uses_bf16(found.engine, ranks.device)
 
     @torch.inference_mode()
-    def network(images_BCHW: torch.Tensor) -> torch.Tensor:
+    def embed(images_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=is_bf16):
             return found.model(images_BCHW).emb_BD.float()
 
-    return network
+    return embed

@@ -1,4 +1,4 @@
-"""Configurations as older versions of lgaf have saved them, in manifests and in files of networks."""
+"""Translation of configurations that older versions of lgaf saved in manifests and in files of networks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,45 @@ from trainer.config import RunConfig
 
 
 def from_saved(saved: dict[str, Any]) -> RunConfig:
-    """Return the configuration that a checkpoint's manifest holds, as any version of lgaf has written it.
+    """Return the configuration of a checkpoint's manifest, which any version of lgaf may have written.
 
-    Keys that are newer than the checkpoint take their defaults. Raises ValidationError.
+    Keys that are newer than the checkpoint have their defaults. Raises ValidationError.
     """
-    tree = {**saved, "backbone": translated_backbone(saved.get("backbone", {}))}
-    margin = saved.get("head", {}).get("margin", {})
-    if "magface" in margin and margin.get("kind") in _MARGIN_KEYS:
-        tree["head"] = {**saved["head"], "margin": _of_its_kind(margin, "kind", _MARGIN_KEYS)}
+    tree = {**saved}
+    for name, translated in (
+        ("backbone", translated_backbone),
+        ("head", _translated_head),
+        ("optimizer", _translated_optimizer),
+    ):
+        if isinstance(saved.get(name), dict):
+            tree[name] = translated(saved[name])
     return RunConfig.model_validate(tree)
 
 
-# Before kinds owned their keys, every table held those of all kinds, some in a table by the kind's name.
+def _translated_head(saved: dict[str, Any]) -> dict[str, Any]:
+    head, margin = {**saved}, saved.get("margin", {})
+    if "magface" in margin and margin.get("kind") in _MARGIN_KEYS:
+        head["margin"] = _of_its_kind(margin, "kind", _MARGIN_KEYS)
+    # The optimizer of the class rows was a name, and its keys stood in [head].
+    if not isinstance(saved.get("optimizer"), dict):
+        own = {"kind": saved.get("optimizer", "sgd")}
+        own |= {key: head.pop(key) for key in _ROW_OPTIMIZER_KEYS if key in head}
+        head["optimizer"] = _translated_optimizer(own)
+    return head
+
+
+def _translated_optimizer(saved: dict[str, Any]) -> dict[str, Any]:
+    """Rename the former `momentum` of adamw to beta1, and remove the former `beta2` of sgd."""
+    optimizer = {**saved}
+    if saved.get("kind") == "adamw" and "momentum" in saved:
+        optimizer["beta1"] = optimizer.pop("momentum")
+    elif saved.get("kind") != "adamw":
+        optimizer.pop("beta2", None)
+    return optimizer
+
+
+_ROW_OPTIMIZER_KEYS = ("moments", "momentum", "beta2", "weight_decay")
+# Before each kind had its own keys, a table held the keys of all kinds, some in a table named after the kind.
 _MARGIN_KEYS: dict[str, set[str]] = {
     "arcface": {"m"},
     "arcface-straight-through": {"m"},
@@ -37,7 +64,7 @@ _BACKBONE_KEYS: dict[str, set[str]] = {
 
 
 def translated_backbone(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a saved backbone in the present form, whatever version of lgaf has written them."""
+    """Return a saved backbone in the present form; any version of lgaf may have written it."""
     is_old = "vit" in saved or ("mhms" in saved and saved.get("name") != "lgaf")
     if not is_old or saved.get("name") not in _BACKBONE_KEYS:
         return saved

@@ -1,4 +1,4 @@
-"""What one rank does in the jobs that test_ranks.py compares.
+"""The work of one rank in the jobs that test_ranks.py compares.
 
 Every rank runs every case among the first `world` ranks and returns what it saw, by case. Spawning costs
 seconds, so all cases share one spawn.
@@ -102,7 +102,7 @@ def run_gather(case, groups):
 
 
 def run_checkpoint(case, groups):
-    """Save after one step on all ranks; the next step here, and on fewer ranks that load what was saved."""
+    """Save after one step on all ranks; compute the next step here, and on fewer ranks after loading."""
     everyone = groups[case["world"]]
     head = make_head(case, everyone)
     run_steps(head, case, everyone, range(1), 1)

@@ -30,9 +30,10 @@ DIFFERENTIABLE = [kind for kind in MARGINS if kind["kind"] not in ("arcface-stra
 OPTIMIZERS = [
     {},
     {"moments": "bf16"},
-    {"optimizer": "adamw", "weight_decay": 0.05},
-    {"optimizer": "adamw", "beta2": 0.99, "moments": "bf16"},
+    {"kind": "adamw", "weight_decay": 0.05},
+    {"kind": "adamw", "beta2": 0.99, "moments": "bf16"},
 ]
+PLAIN_SGD = {"momentum": 0.0, "weight_decay": 0.0}
 
 
 def make_head(classes, width, dtype=torch.float64, **config):
@@ -76,10 +77,10 @@ def assert_close(found, expected, tolerance, least=0.0):
 def test_streaming_equals_the_dense_twin(
     rows, classes, width, tile, kind, rate, interclass_filter, optimizer, scale, dtype, ignored, seed
 ):
-    """In float32 without what rounding may decide: hard or not, filtered or not, AdamW's sign of nearly 0."""
+    """Float32 without decisions that rounding can change: hard negatives, filter, AdamW's sign near 0."""
     if dtype == torch.float32:
         assume(kind["kind"] != "curricularface" and interclass_filter is None)
-        assume(optimizer.get("optimizer") != "adamw" and optimizer.get("moments") != "bf16")
+        assume(optimizer.get("kind") != "adamw" and optimizer.get("moments") != "bf16")
     emb_GD, label_G = batch(rows, classes, width, seed, dtype)
     label_G[:ignored] = -1
     found, expected = (
@@ -93,7 +94,7 @@ def test_streaming_equals_the_dense_twin(
             tile=tile,
             sample_rate=rate,
             interclass_filter=interclass_filter,
-            **optimizer,
+            optimizer=optimizer,
         )
         for backend in ("streaming", "dense")
     )
@@ -166,7 +167,7 @@ def test_logits_whose_exponentials_float32_cannot_hold(at):
 @pytest.mark.parametrize("kind", DIFFERENTIABLE)
 def test_gradients_are_those_of_the_loss_that_is_returned(backend, kind):
     """By finite differences, so that nothing is shared with either backend."""
-    head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, weight_decay=0.0, momentum=0.0)
+    head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, optimizer=PLAIN_SGD)
     emb_GD, label_G = batch(5, 9, 6)
     label_G[3] = -1
     h, before_RD = 1e-6, head.weight_RD.clone()
@@ -189,7 +190,7 @@ def test_gradients_are_those_of_the_loss_that_is_returned(backend, kind):
 
     by_emb_GD = slope(lambda emb_GD: loss_at(emb_GD, before_RD), emb_GD)
     by_weight_RD = slope(lambda weight_RD: loss_at(emb_GD, weight_RD), before_RD)
-    head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, weight_decay=0.0, momentum=0.0)
+    head = make_head(9, 6, margin=kind, scale=10.0, backend=backend, tile=4, optimizer=PLAIN_SGD)
     _, grad_GD = head.forward_backward(emb_GD, label_G)
     head.step(1.0)
     assert_close(grad_GD, by_emb_GD, 1e-6)
@@ -216,7 +217,7 @@ def test_micro_batches_average_over_their_own_counted_rows():
     """The documented weights when numbers of ignored rows differ: 1/2 per micro-batch, not 1/4 per row."""
     emb_GD, label_G = batch(6, 10, 8)
     label_G[3:5] = -1
-    head, one, other = (make_head(10, 8, momentum=0.0, weight_decay=0.0) for _ in range(3))
+    head, one, other = (make_head(10, 8, optimizer=PLAIN_SGD) for _ in range(3))
     for part in (slice(0, 3), slice(3, 6)):
         head.forward_backward(emb_GD[part], label_G[part], share=0.5)
     one.forward_backward(emb_GD[:3], label_G[:3])
@@ -245,7 +246,7 @@ def test_ignored_rows_add_neither_loss_nor_gradient_whatever_they_hold(backend, 
 
 @pytest.mark.parametrize("backend", ["streaming", "dense"])
 def test_a_batch_without_a_counted_row_moves_rows_by_decay_alone(backend):
-    head = make_head(20, 6, backend=backend, weight_decay=0.01)
+    head = make_head(20, 6, backend=backend, optimizer={"weight_decay": 0.01})
     before_RD = head.weight_RD.clone()
     loss, grad_GD = head.forward_backward(torch.randn(3, 6), torch.full((3,), -1))
     head.step(0.5)
@@ -313,7 +314,7 @@ def test_streaming_is_bitwise_repeatable():
 
 def test_training_reaches_a_small_loss_even_from_the_far_side():
     """Samples that begin opposite to their class, beyond theta + m = pi, are pulled over."""
-    head = make_head(4, 8, margin=ARCFACE, scale=16.0, weight_decay=0.0)
+    head = make_head(4, 8, margin=ARCFACE, scale=16.0, optimizer={"weight_decay": 0.0})
     emb_GD, label_G = -head.weight_RD.clone(), torch.arange(4)
     first = head.forward_backward(emb_GD, label_G)[0]
     head.step(1e-4)
@@ -325,7 +326,7 @@ def test_training_reaches_a_small_loss_even_from_the_far_side():
 
 
 def peak_bytes(work):
-    """The most that PyTorch's CPU allocator held during `work` beyond what it held before."""
+    """Return the peak of PyTorch's CPU allocations during `work`, above those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -366,7 +367,7 @@ def test_streaming_allocates_neither_logits_nor_weight_gradient(accumulation, ra
 def test_sampling_reads_and_moves_the_sampled_rows_alone():
     """A row that is not sampled may hold anything."""
     for optimizer in OPTIMIZERS:
-        head = make_head(1000, 8, sample_rate=0.1, tile=16, **optimizer)
+        head = make_head(1000, 8, sample_rate=0.1, tile=16, optimizer=optimizer)
         emb_GD, label_G = batch(30, 1000, 8)
         head.begin_step(7, label_G)
         is_in_R = sampling.is_drawn(0.1, 5, 7, range(1000), label_G.device)
@@ -456,4 +457,4 @@ def test_statistics_stay_the_same_within_a_step_and_then_move():
 
 def test_second_moments_that_bfloat16_would_freeze_are_refused():
     with pytest.raises(ValidationError, match=r"expected beta2 <= 0\.992"):
-        HeadConfig(optimizer="adamw", moments="bf16")
+        HeadConfig(optimizer={"kind": "adamw", "moments": "bf16"})

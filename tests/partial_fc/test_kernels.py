@@ -17,6 +17,7 @@ from partial_fc import head
 from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
 from partial_fc.streaming import Streaming
+from partial_fc.targets import Embeddings
 
 TIMEOUT_S = 240
 ON_GPU = torch.cuda.is_available()
@@ -131,7 +132,7 @@ def one_shard_of_many(rows):
     label_G = torch.randint(-1, max(rows, 1), (9,), generator=dice).clamp(max=rows - 1).to(device)
     common = (chosen, 30.0, None, 16)
     for softmax in (Kernels(*common, "tf32", True), Streaming(*common, "fp32", torch.float32)):
-        local = softmax.local_softmax(weight_RD, Sample(rows), emb_GD, label_G, None)
+        local = softmax.local_softmax(weight_RD, Sample(rows), Embeddings(emb_GD, label_G))
         lse_G = torch.logaddexp(local.others_lse_G, torch.full_like(local.target_G, 29.0))
         grad_GD = softmax.embedding_gradient(local, lse_G, torch.full_like(lse_G, 1 / 9))
         grads = [grad_TD for _, grad_TD in softmax.weight_gradients(weight_RD)]
@@ -203,7 +204,7 @@ def test_the_cases_hold_gradients_of_some_size(seen):
 
 def test_the_ends_of_the_exponentials_range(seen):
     found, expected = seen["opposite"]
-    # Rows almost parallel to their embeddings: what the projections leave has lost digits in both.
+    # Rows almost parallel to their embeddings: the projections lose digits in both backends.
     for key, value in expected.items():
         assert_close(found[key], value, 1e-3)
     assert 0 < expected["loss"] < 100
@@ -243,7 +244,7 @@ def test_what_is_not_a_number_shows_in_loss_and_gradient(seen):
 
 @pytest.mark.parametrize("matrix_type", ["bf16", "fp32"])
 def test_the_kernels_compile_for_a_hopper_and_fit_its_shared_memory(matrix_type, tmp_path, monkeypatch):
-    """What the interpreter lets pass, the compiler may not; it needs no GPU."""
+    """Compile the kernels, which the interpreter does not; it needs no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget

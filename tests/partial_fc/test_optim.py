@@ -3,19 +3,18 @@
 import pytest
 import torch
 
-from partial_fc.config import HeadConfig
-from partial_fc.optim import build
+from partial_fc.optim import RowAdamWConfig, RowSGDConfig
 
 CONFIGS = {
-    "sgd": HeadConfig(weight_decay=0.01),
-    "adamw": HeadConfig(optimizer="adamw", weight_decay=0.01),
+    "sgd": RowSGDConfig(momentum=0.8, weight_decay=0.01),
+    "adamw": RowAdamWConfig(beta1=0.8, beta2=0.99, weight_decay=0.01),
 }
 RATES = (0.1, 0.2, 0.3, 0.05)
 
 
 def torch_optimizer(config, parameter):
-    if config.optimizer == "adamw":
-        betas = (config.momentum, config.beta2)
+    if config.kind == "adamw":
+        betas = (config.beta1, config.beta2)
         return torch.optim.AdamW([parameter], lr=1.0, betas=betas, weight_decay=config.weight_decay)
     return torch.optim.SGD([parameter], lr=1.0, momentum=config.momentum, weight_decay=config.weight_decay)
 
@@ -36,7 +35,7 @@ def torch_rows(config, weight_RD, steps):
 def test_all_rows_in_slices_are_torchs(name):
     weight_RD, grads = torch.randn(5, 3), torch.randn(4, 5, 3)
     ours = weight_RD.clone()
-    optimizer = build(CONFIGS[name], ours)
+    optimizer = CONFIGS[name].build(ours)
     for grad_RD, rate in zip(grads, RATES, strict=True):
         for part in (slice(0, 2), slice(2, 5)):
             optimizer.update(part, grad_RD[part].clone(), rate)
@@ -48,7 +47,7 @@ def test_all_rows_in_slices_are_torchs(name):
 def test_picked_rows_are_torchs_and_the_others_rest(name):
     weight_RD = torch.randn(9, 3)
     ours, steps = weight_RD.clone(), []
-    optimizer = build(CONFIGS[name], ours)
+    optimizer = CONFIGS[name].build(ours)
     for number, rate in enumerate(RATES):
         rows = torch.tensor([[0, 4, 7], [1, 4, 5], [0, 1, 4], [4, 5, 7]][number])
         grad_TD = torch.randn(3, 3)
@@ -60,16 +59,16 @@ def test_picked_rows_are_torchs_and_the_others_rest(name):
 
 @pytest.mark.parametrize(
     "config",
-    [HeadConfig(moments="bf16"), HeadConfig(optimizer="adamw", beta2=0.99, moments="bf16")],
-    ids=lambda config: config.optimizer,
+    [RowSGDConfig(moments="bf16"), RowAdamWConfig(beta2=0.99, moments="bf16")],
+    ids=lambda config: config.kind,
 )
 def test_moments_of_bfloat16_take_half_the_memory_and_the_same_way(config):
     """Over 100 steps down a bowl, the rows end where those with float32 moments do, within a hundredth."""
     weight_RD = torch.randn(50, 8)
     short, full = weight_RD.clone(), weight_RD.clone()
     optimizers = [
-        (short, build(config, short)),
-        (full, build(config.model_copy(update={"moments": "fp32"}), full)),
+        (short, config.build(short)),
+        (full, config.model_copy(update={"moments": "fp32"}).build(full)),
     ]
     for _ in range(100):
         for weights, optimizer in optimizers:

@@ -1,4 +1,4 @@
-"""Real gloo ranks against one rank on the concatenated batch: what sharding must not change."""
+"""Real gloo ranks against one rank on the concatenated batch: sharding must not change the results."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ TWINS = {
         "world": 3,
         "classes": 100,
         "micro_batches": 2,
-        "head": {"optimizer": "adamw", "sample_rate": 0.3},
+        "head": {"optimizer": {"kind": "adamw"}, "sample_rate": 0.3},
     },
     "float32": {
         "world": 3,
@@ -69,14 +69,16 @@ TWINS = {
 GATHERS = {f"gather {norms}": {"run": "gather", "world": WORLD, "norms": norms} for norms in (0, 1, 3)}
 CHECKPOINTS = {
     "sgd": {"classes": 10},
-    "adamw, adaface": {"head": {"optimizer": "adamw", "margin": ADAFACE, "sample_rate": 0.3}},
-    "bf16, curricularface": {"head": {"moments": "bf16", "margin": {"kind": "curricularface"}}},
+    "adamw, adaface": {"head": {"optimizer": {"kind": "adamw"}, "margin": ADAFACE, "sample_rate": 0.3}},
+    "bf16, curricularface": {
+        "head": {"optimizer": {"moments": "bf16"}, "margin": {"kind": "curricularface"}}
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What every rank saw: a list over ranks of {case: results}."""
+    """Return the results of every rank: a list over ranks of {case: results}."""
     folder = tmp_path_factory.mktemp("checkpoints")
     checkpoints = {
         name: {**case, "run": "checkpoint", "world": WORLD, "folder": str(folder / str(number))}

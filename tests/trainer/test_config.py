@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import config_file as settings
+from trainer import config_file
 from trainer.config import RunConfig, differences, micro_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -13,12 +13,12 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.toml") if path.name != "demo_d
 
 
 def load(*overrides):
-    return settings.load(RunConfig, CONFIGS / "demo.toml", overrides)
+    return config_file.load(RunConfig, CONFIGS / "demo.toml", overrides)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_are_valid(path):
-    config = settings.load(RunConfig, path)
+    config = config_file.load(RunConfig, path)
     assert config.backbone.name == ("vit" if path.stem.startswith("vit") else "lgaf")
     assert config.total_steps(images=1_000_000) > 0
 
@@ -50,13 +50,13 @@ def test_what_does_not_go_together_is_refused(overrides, message):
 
 
 def test_epochs_become_whole_steps():
-    config = settings.load(RunConfig, CONFIGS / "lgaf_r100_webface42m.toml")
+    config = config_file.load(RunConfig, CONFIGS / "lgaf_r100_webface42m.toml")
     assert config.total_steps(42_474_557) == 207_396  # 20 x 42,474,557 / 4096 = 207,395.3
 
 
 def test_epochs_of_a_stream_are_refused():
-    config = settings.load(RunConfig, CONFIGS / "lgaf_r100_webface42m.toml")
-    with pytest.raises(ValueError, match=r"epochs: of streamed shards nobody knows .* set steps"):
+    config = config_file.load(RunConfig, CONFIGS / "lgaf_r100_webface42m.toml")
+    with pytest.raises(ValueError, match=r"epochs: .*, found streamed shards, .* set steps"):
         config.total_steps(None)
 
 
@@ -112,7 +112,7 @@ def test_verification_files_are_looked_for_in_all_datasets(tmp_path):
         ),
         (
             ["head={margin={kind='arcface', magface={m_low=0.1}}}"],
-            "unknown key head.margin.magface; the keys of magface stand in [head.margin] itself. Valid keys "
+            "unknown key head.margin.magface; the keys of magface belong to [head.margin] itself. Valid keys "
             "of [head.margin] here: kind, m",
         ),
         (
@@ -121,7 +121,7 @@ def test_verification_files_are_looked_for_in_all_datasets(tmp_path):
         ),
         (
             ["backbone={vit={size='B'}}"],
-            "unknown key backbone.vit; the keys of vit stand in [backbone] itself.",
+            "unknown key backbone.vit; the keys of vit belong to [backbone] itself.",
         ),
         (
             ["backbone={name='lgav'}"],
@@ -130,6 +130,21 @@ def test_verification_files_are_looked_for_in_all_datasets(tmp_path):
         (
             ["head={margin={kind='magface', m_low=-1}}"],
             "head.margin.m_low: expected greater than or equal to 0",
+        ),
+        (
+            ["optimizer.beta2=0.9"],
+            "unknown key optimizer.beta2; it belongs to adamw. Valid keys of [optimizer] here: kind, "
+            "learning_rate, weight_decay, clip_norm, warmup_steps, power, momentum",
+        ),
+        (
+            ["optimizer={kind='adamw', momentum=0.9}"],
+            "unknown key optimizer.momentum; it belongs to sgd. Valid keys of [optimizer] here: kind, "
+            "learning_rate, weight_decay, clip_norm, warmup_steps, power, beta1, beta2",
+        ),
+        (
+            ["head.optimizer={kind='sgd', beta1=0.9}"],
+            "unknown key head.optimizer.beta1; it belongs to adamw. Valid keys of [head.optimizer] here: "
+            "kind, weight_decay, moments, momentum",
         ),
         (
             ["backbone={mhms={staeg=2}}"],
@@ -142,16 +157,40 @@ def test_a_key_of_another_kind_is_refused_by_its_name(overrides, message):
         load(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("head.optimizer=adamw", "found 'adamw'; set head.optimizer.kind to one of 'sgd', 'adamw'"),
+        ("head.margin=cosface", "found 'cosface'; set head.margin.kind to one of 'combined', 'arcface', "),
+        ("backbone=vit", "found 'vit'; set backbone.name to one of 'iresnet', 'lgaf', 'vit'"),
+    ],
+)
+def test_a_kind_in_place_of_its_table_is_answered_with_its_key(override, message):
+    with pytest.raises(ValueError, match=f"expected a table, {re.escape(message)}"):
+        load(override)
+
+
+@pytest.mark.parametrize("key", ["moments", "beta2", "weight_decay"])
+def test_a_former_key_of_the_head_is_answered_with_its_place(key):
+    with pytest.raises(ValueError, match=rf"unknown key head\.{key}; did you mean head\.optimizer\.{key}\?"):
+        load(f"head.{key}=0.1")
+
+
 def test_a_table_without_its_kind_is_of_the_default_kind():
-    config = load("head={margin={m=0.25}}", "backbone={width=16}")
+    config = load("head={margin={m=0.25}, optimizer={momentum=0.5}}", "backbone={width=16}")
+    assert (config.head.optimizer.kind, config.head.optimizer.momentum) == ("sgd", 0.5)
+    assert config.optimizer.kind == "sgd"
     assert config.head.margin.model_dump() == {"kind": "arcface", "m": 0.25}
     assert (config.backbone.name, config.backbone.width) == ("lgaf", 16)
 
 
 def test_help_lists_keys_by_kind():
-    keys = {key.name: key for key in settings.describe(RunConfig)}
+    keys = {key.name: key for key in config_file.describe(RunConfig)}
     assert keys["head.margin.kind"].default == '"arcface"'
     assert keys["head.margin.norm_low"].description.startswith("[magface] ")
     assert keys["backbone.width"].description.startswith("[iresnet, lgaf] ")
     assert keys["backbone.mhms.stage"].description.startswith("[lgaf] ")
+    assert keys["head.optimizer.beta2"].description.startswith("[adamw] ")
+    assert keys["optimizer.momentum"].description.startswith("[sgd] ")
+    assert not keys["optimizer.power"].description.startswith("[")
     assert not keys["backbone.dropout"].description.startswith("[")

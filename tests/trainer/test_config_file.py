@@ -1,4 +1,4 @@
-"""Configuration files: what is right is read, and what is wrong is said with its key and its place."""
+"""Configuration files: valid ones are read, and errors name the key and its source."""
 
 from enum import Enum
 from pathlib import Path

@@ -12,14 +12,14 @@ from torch import nn
 from tests.ranks import run_ranks
 from trainer.backbones import Backbone, Features, build
 from trainer.backbones.lgaf import LGAFConfig
-from trainer.config import EngineConfig, OptimizerConfig
+from trainer.config import AdamWConfig, EngineConfig, SGDConfig
 from trainer.engine import Engine
 
 RANKS, MICRO_BATCH, ACCUMULATION, STEPS = 2, 4, 2, 3
 OPTIMIZERS = {
-    "sgd": OptimizerConfig(momentum=0.9, weight_decay=0.05),
+    "sgd": SGDConfig(momentum=0.9, weight_decay=0.05),
     # Some gradients are longer than clip_norm, and some are not.
-    "adamw": OptimizerConfig(kind="adamw", beta2=0.95, weight_decay=0.5, clip_norm=17.0),
+    "adamw": AdamWConfig(beta1=0.8, beta2=0.95, weight_decay=0.5, clip_norm=17.0),
 }
 MOMENTS = {
     "sgd": {"backbone_momentum": "momentum_buffer"},
@@ -199,7 +199,7 @@ def trained_plainly(kind):
         optimizer = torch.optim.SGD(groups, momentum=0.9)
     else:
         groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95))
     norms = []
     for step in range(STEPS):
         for images, grad in micro_batches(step):

@@ -1,8 +1,9 @@
-"""Configurations saved before kinds owned their keys: the same margin and network come out."""
+"""Configurations saved before each kind had its own keys: margin, network and optimizers stay the same."""
 
 import pytest
 
-from trainer.config import RunConfig
+from partial_fc.optim import RowAdamWConfig, RowSGDConfig
+from trainer.config import AdamWConfig, RunConfig, SGDConfig
 from trainer.saved_config import from_saved, translated_backbone
 
 # As the manifests of format 1 and the first of format 2 hold them: every kind's keys side by side.
@@ -73,8 +74,38 @@ def test_a_saved_network_keeps_the_keys_of_its_name(name, own):
     assert not set(dumped) & ({"depth", "size", "mhms"} - set(own))
 
 
+# As they were saved when `momentum` was also the beta1 of adamw.
+ROWS = {"optimizer": "sgd", "moments": "fp32", "momentum": 0.8, "beta2": 0.99, "weight_decay": 0.1}
+OPTIMIZER = {"kind": "sgd", "learning_rate": 0.3, "momentum": 0.7, "beta2": 0.98, "weight_decay": 0.2}
+
+
+def test_saved_optimizers_keep_the_keys_of_their_kind():
+    found = from_saved({**SAVED, "head": {"scale": 32.0, **ROWS}, "optimizer": OPTIMIZER})
+    assert found.head.scale == 32
+    assert found.head.optimizer == RowSGDConfig(momentum=0.8, weight_decay=0.1)
+    assert found.optimizer == SGDConfig(learning_rate=0.3, momentum=0.7, weight_decay=0.2)
+
+
+def test_the_momentum_of_a_saved_adamw_is_its_beta1():
+    rows = {**ROWS, "optimizer": "adamw", "moments": "bf16"}
+    found = from_saved({**SAVED, "head": rows, "optimizer": {**OPTIMIZER, "kind": "adamw"}})
+    assert found.head.optimizer == RowAdamWConfig(beta1=0.8, beta2=0.99, weight_decay=0.1, moments="bf16")
+    assert found.optimizer == AdamWConfig(learning_rate=0.3, beta1=0.7, beta2=0.98, weight_decay=0.2)
+
+
+def test_optimizers_from_before_adamw_are_sgd():
+    rows = {"momentum": 0.8, "weight_decay": 0.1}
+    found = from_saved({**SAVED, "head": rows, "optimizer": {"learning_rate": 0.3, "momentum": 0.7}})
+    assert found.head.optimizer == RowSGDConfig(momentum=0.8, weight_decay=0.1)
+    assert found.optimizer == SGDConfig(learning_rate=0.3, momentum=0.7)
+
+
 def test_the_present_form_stays_as_it_is():
-    config = from_saved(saved("magface", "vit"))
+    optimizers = {"optimizer": {"kind": "adamw", "beta1": 0.7}}
+    config = from_saved({**saved("magface", "vit"), **optimizers})
+    config = config.model_copy(
+        update={"head": config.head.model_copy(update={"optimizer": RowAdamWConfig()})}
+    )
     dumped = config.model_dump(mode="json")
     assert from_saved(dumped) == config == RunConfig.model_validate(dumped)
     assert translated_backbone(dumped["backbone"]) == dumped["backbone"]

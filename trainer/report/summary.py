@@ -1,9 +1,9 @@
-"""Results of a finished run: `result.json` for programs, `report.html` for people."""
+"""Results of a finished run: `result.json` and `report.html`."""
 
 from __future__ import annotations
 
-import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,10 @@ import torch
 
 from data_pipeline.source import Source
 from data_pipeline.synthetic.dataset import read_nuisances
-from trainer.checkpoint import sharded as checkpoint
-from trainer.config import RunConfig
+from trainer.checkpoint.sharded import versions
+from trainer.config import Schedule
 from trainer.evaluation.during_training import Evaluation
 from trainer.evaluation.metrics.by_nuisance import Split, by_nuisance
-from trainer.evaluation.metrics.verification import VerificationResult
 from trainer.monitoring.metrics_log import read, write_result
 from trainer.report.evaluation import as_json
 from trainer.report.training import write_report
@@ -26,44 +25,54 @@ _EXAMPLE_PAIRS = 12
 
 
 def conclude(
-    config: RunConfig,
+    run_dir: Path,
+    *,
+    config_text: str,
+    schedule: Schedule,
+    global_batch: int,
     source: Source,
     evaluation: Evaluation,
     ranks: Ranks,
 ) -> None:
     """Write result.json and report.html from the records of the run and its last evaluation."""
-    write_result(config.run_dir, _result(config, source, evaluation, ranks))
+    write_result(run_dir, _result(read(run_dir), schedule, global_batch, evaluation, ranks))
     write_report(
-        config.run_dir,
+        run_dir,
         results=evaluation.results,
         faces=source.faces(_FACES),
-        config_text=json.dumps(config.model_dump(mode="json"), indent=2),
+        config_text=config_text,
         pairs=_examples(evaluation),
-        splits=_splits(config, evaluation.judged),
+        splits=_splits(evaluation),
     )
 
 
-def _result(config: RunConfig, source: Source, evaluation: Evaluation, ranks: Ranks) -> dict[str, Any]:
-    judged, records = evaluation.judged, read(config.run_dir)
+def _result(
+    records: list[dict[str, Any]],
+    schedule: Schedule,
+    global_batch: int,
+    evaluation: Evaluation,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    verified = evaluation.verified
     trained = [record for record in records if record["kind"] == "train"]
     untrained = [
         record
         for record in records
-        if (record["kind"], record["step"]) == ("evaluation", 0) and record["set"] in judged
+        if (record["kind"], record["step"]) == ("evaluation", 0) and record["set"] in verified
     ]
     # The first records include one-time costs: caches, compilation, allocation.
-    steady = trained[config.log_every_steps :] or trained
+    steady = trained[schedule.log_every :] or trained
     return {
-        "verification_accuracy": _mean([result.accuracy for result in judged.values()]),
+        "verification_accuracy": _mean([result.accuracy for result in verified.values()]),
         "verification_accuracy_untrained": _mean([record["accuracy"] for record in untrained]),
-        "verification": {name: result.summary() for name, result in judged.items()},
-        "suite": as_json({n: tasks for n, tasks in evaluation.results.items() if n not in judged}),
-        "samples_per_s": len(steady) and config.global_batch * len(steady) / sum(r["step_s"] for r in steady),
+        "verification": {name: result.summary() for name, result in verified.items()},
+        "suite": as_json({n: tasks for n, tasks in evaluation.results.items() if n not in verified}),
+        "samples_per_s": len(steady) and global_batch * len(steady) / sum(r["step_s"] for r in steady),
         "final_loss": trained[-1]["loss"] if trained else None,
-        "steps": config.total_steps(source.images),
+        "steps": schedule.steps,
         "world_size": ranks.world_size,
         "device": device_name(ranks.device),
-        "versions": {"python": platform.python_version(), **checkpoint.versions()},
+        "versions": {"python": platform.python_version(), **versions()},
     }
 
 
@@ -79,11 +88,11 @@ def device_name(device: torch.device) -> str:
 
 
 def _examples(evaluation: Evaluation) -> list[tuple[bytes, bytes, bool, float, float]]:
-    """Return pairs of the first set, half judged wrongly (if there are enough), half judged correctly."""
-    name = next(iter(evaluation.judged), None)
+    """Return pairs of the first set, half decided wrongly (if there are enough), half decided correctly."""
+    name = next(iter(evaluation.verified), None)
     if name is None:
         return []
-    images, result = evaluation.sets[name].pairs.images, evaluation.judged[name]
+    images, result = evaluation.sets[name].pairs.images, evaluation.verified[name]
     wrong, right = np.flatnonzero(~result.correct), np.flatnonzero(result.correct)
     chosen = [*_spread(wrong, _EXAMPLE_PAIRS // 2), *_spread(right, _EXAMPLE_PAIRS // 2)]
     return [
@@ -98,12 +107,12 @@ def _examples(evaluation: Evaluation) -> list[tuple[bytes, bytes, bool, float, f
     ]
 
 
-def _splits(config: RunConfig, judged: dict[str, VerificationResult]) -> dict[str, Split]:
+def _splits(evaluation: Evaluation) -> dict[str, Split]:
     """Return accuracies by nuisance for the first set with a table of its images; empty if none has one."""
-    for name, path in config.verification_files().items():
-        table = path.with_name(f"{path.stem}_nuisances.tsv")
+    for name, pairs in evaluation.sets.items():
+        table = pairs.path.with_name(f"{pairs.path.stem}_nuisances.tsv")
         if table.is_file():
-            return by_nuisance(judged[name], read_nuisances(table))
+            return by_nuisance(evaluation.verified[name], read_nuisances(table))
     return {}
 
 
