@@ -41,7 +41,7 @@ import torch.distributed as dist
 from benchmarks.goodput import best_interval, goodput
 from partial_fc.collectives import logical
 from trainer import backbones
-from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint import sharded
 from trainer.checkpoint.async_saver import Saver
 from trainer.checkpoint.checksummed_file import WriteThroughFile
 from trainer.checkpoint.directory import Header
@@ -57,8 +57,8 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one side: seconds a step is held up, seconds until all is written, bytes it has on disk; the least
-    and the largest total of all rounds."""
+    """Timing of one variant: delay of a step, time until all is written, bytes on disk; the least and the
+    largest total of all rounds."""
 
     held_s: float
     total_s: float
@@ -68,8 +68,8 @@ class Timing:
 
 
 def make_state(classes: int, dim: int, depth: int) -> State:
-    """What a run of one rank saves, of random numbers."""
-    network = checkpoint.backbone_state(
+    """Return the state of a run with one rank, filled with random numbers."""
+    network = sharded.backbone_state(
         backbones.build(backbones.parse({"name": "iresnet", "depth": depth}), 112)
     )
     rows = {name: torch.empty(classes, dim).normal_(std=0.01) for name in ("weight", "momentum")}
@@ -81,24 +81,24 @@ def make_state(classes: int, dim: int, depth: int) -> State:
 
 
 def local(state: State) -> State:
-    """The same with plain tensors."""
+    """Return the state with plain tensors."""
     return {
         part: {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
         for part, tensors in state.items()
     }
 
 
-def save_raw(folder: Path, state: State, *, is_brisk: bool = False) -> float:
-    """Returns the seconds for which the caller was held up, as all of these do."""
+def save_raw(folder: Path, state: State, *, write_through: bool = False) -> float:
+    """Write the tensors' bytes into one file; return the caller's delay in seconds, as all `save_` do."""
     started = time.perf_counter()
     with open(folder / "raw", "wb") as raw:
-        file = WriteThroughFile(raw) if is_brisk else raw
+        file = WriteThroughFile(raw) if write_through else raw
         for tensors in local(state).values():
             for tensor in tensors.values():
-                whole = memoryview(tensor.contiguous().view(-1).numpy()).cast("B")
-                # In pieces, so that the disk begins while the rest is still being handed over.
-                for start in range(0, len(whole), PIECE):
-                    file.write(whole[start : start + PIECE])
+                data = memoryview(tensor.contiguous().view(-1).numpy()).cast("B")
+                # In pieces, so that the disk starts writing before all bytes are passed to the kernel.
+                for start in range(0, len(data), PIECE):
+                    file.write(data[start : start + PIECE])
         file.flush()
         os.fsync(file.fileno())
     return time.perf_counter() - started
@@ -122,12 +122,12 @@ def save_as_insightface(folder: Path, state: State) -> float:
 
 def save_synchronously(folder: Path, state: State) -> float:
     started = time.perf_counter()
-    checkpoint.save(folder, state, HEADER, keep=1, group=dist.group.WORLD)
+    sharded.save(folder, state, HEADER, keep=1, group=dist.group.WORLD)
     return time.perf_counter() - started
 
 
 def measure(folder: Path, save: Callable[[Path], tuple[float, Callable[[], None]]]) -> Timing:
-    """`save` returns how long it held up its caller, and what waits for its end."""
+    """Time one save; `save` returns its caller's delay in seconds and a function that waits for its end."""
     os.sync()
     started = time.perf_counter()
     held_s, wait = save(folder)
@@ -145,10 +145,10 @@ def at_once(
 
 
 class Beside:
-    """A training's saver, which keeps its copy from save to save."""
+    """The asynchronous saver of a training, which reuses its copy for every save."""
 
     def __init__(self, root: Path, state: State) -> None:
-        # A saver writes into one run directory; what it wrote is then moved to where it is looked for.
+        # A saver writes into one run directory, which is then moved to the folder of the measurement.
         self._run_dir, self._state = root / "beside", state
         self._saver = Saver(
             self._run_dir, CheckpointConfig(keep=1), group=dist.group.WORLD, metrics=Metrics(), say=self._say
@@ -188,7 +188,7 @@ def compare(options: argparse.Namespace, root: Path) -> dict[str, object]:
     beside = Beside(root, state)
     sides = {
         "raw": at_once(save_raw, state),
-        "raw, brisk": at_once(partial(save_raw, is_brisk=True), state),
+        "raw, brisk": at_once(partial(save_raw, write_through=True), state),
         "insightface": at_once(save_as_insightface, state),
         "synchronous": at_once(save_synchronously, state),
         "beside": beside.save,
@@ -219,9 +219,9 @@ def compare(options: argparse.Namespace, root: Path) -> dict[str, object]:
 
 
 def outlook(hours: float, beside: Timing, synchronous: Timing, restart_s: float) -> dict[str, float]:
-    """Best intervals and expected shares of useful time, if a failure comes every so many hours."""
+    """Return the best intervals and expected shares of useful time for a mean time between failures."""
     found = {"mean_time_between_failures_h": float(hours), "restart_s": restart_s}
-    # What is still being written when a failure comes is lost with it.
+    # A failure also loses a checkpoint that is still being written.
     for name, held_s, lost_s in (
         ("beside", beside.held_s, restart_s + beside.total_s),
         ("synchronous", synchronous.held_s, restart_s),
@@ -239,16 +239,16 @@ def show(report: dict) -> None:
     print(
         f"{report['classes']} classes x {report['dim']}, iresnet{report['depth']}: {gib:.2f} GiB of state\n"
     )
-    print("| side | held up | total | from, to | GiB/s | on disk |\n" + "| --- " * 6 + "|")
+    print("| variant | delay | total | from, to | GiB/s | on disk |\n" + "| --- " * 6 + "|")
     for name, t in report["sides"].items():
         print(
             f"| {name} | {t['held_s']:.3f} s | {t['total_s']:.2f} s | {t['least_s']:.2f}, "
             f"{t['largest_s']:.2f} s | {gib / t['total_s']:.2f} | {t['disk_bytes'] / 2**30:.3f} GiB |"
         )
-    print(f"\nthe copy's memory, once, before the first step: {report['prepare_s']:.2f} s")
-    print(f"held up / insightface's save: {report['held_to_insightface']:.3f} (to reach: under 0.1)")
-    print(f"held up / our own synchronous save: {report['held_to_synchronous']:.3f}")
-    print(f"total / raw write: {report['total_to_raw']:.2f} (to reach: 1.2)")
+    print(f"\nallocation of the copy's memory, once, before the first step: {report['prepare_s']:.2f} s")
+    print(f"delay / insightface's save: {report['held_to_insightface']:.3f} (target: under 0.1)")
+    print(f"delay / our own synchronous save: {report['held_to_synchronous']:.3f}")
+    print(f"total / raw write: {report['total_to_raw']:.2f} (target: 1.2)")
     print(f"total / brisk raw write: {report['total_to_raw_brisk']:.2f}\n")
     print(
         "| a failure every | beside: best interval | useful time | synchronous: best interval | useful time |"
@@ -263,14 +263,21 @@ def show(report: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of saving a checkpoint, beside other ways.")
+    parser = argparse.ArgumentParser(description="Time of saving a checkpoint, compared with other ways.")
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, choices=[18, 34, 50, 100, 200], default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to write to; default: here")
-    parser.add_argument("--restart-s", type=float, default=300.0, help="from a failure to training again")
-    parser.add_argument("--json", type=Path, help="also write all numbers here")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(),
+        help="folder on the disk to write to; default: the current folder",
+    )
+    parser.add_argument(
+        "--restart-s", type=float, default=300.0, help="seconds from a failure to the next training step"
+    )
+    parser.add_argument("--json", type=Path, help="file to write all numbers to as well")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory(dir=options.folder) as root:

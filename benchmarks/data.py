@@ -26,8 +26,6 @@ import argparse
 import io
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -42,11 +40,13 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from benchmarks.head import cpu_name, kib, output_of, synchronize
 from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.formats import recordio
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.indexed.loader import Loader
+from data_pipeline.loader import LoaderContext
 from data_pipeline.quarantine import Quarantine
 from trainer import backbones
 
@@ -58,7 +58,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """The measurement of one process."""
 
     side: str
     data: str
@@ -70,7 +70,7 @@ class Case:
     depth: int
 
 
-# ---- in the process of one side
+# ---- in the process of one variant
 
 
 def measure(case: Case) -> dict[str, float]:
@@ -103,7 +103,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def training(case: Case) -> Callable[[torch.Tensor], None]:
-    """A step of a network: forward, backward; a GPU is waited for one step later, as training does."""
+    """Return a training step of a network; it waits for the GPU one step late, as training does."""
     config = backbones.parse({"name": "iresnet", "depth": case.depth})
     model = backbones.build(config, 112).to(case.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -127,16 +127,9 @@ def ours(case: Case, copies: int = 1, augment: dict[str, Any] | None = None) -> 
         threads=case.threads,
         augment=AugmentConfig.model_validate(augment or {"flip_probability": 0}),
     )
-    loader = Loader(
-        config,
-        open_catalog(config.path),
-        RankSlice(0, 1, case.batch, case.batch),
-        seed=1,
-        first_step=0,
-        ranks_on_node=1,
-        device_id=0 if case.device == "cuda" else None,
-        quarantine=Quarantine(None, 0.0),
-    )
+    rank_slice, device_id = RankSlice(0, 1, case.batch, case.batch), 0 if case.device == "cuda" else None
+    context = LoaderContext(rank_slice, 1, 0, cursor=None, ranks_on_node=1, device_id=device_id)
+    loader = Loader(config, open_catalog(config.path), context, Quarantine(None, 0.0))
     return (batch.images_BCHW for batch in loader)
 
 
@@ -172,7 +165,7 @@ def ceiling(case: Case) -> Iterator[torch.Tensor]:
 
 
 class RecordDataset(torch.utils.data.Dataset):
-    """One record a time, by its key; the file is opened in the worker that reads."""
+    """Dataset that reads one record at a time by its key; each worker opens the file."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._file = folder / "train.rec", None
@@ -231,27 +224,15 @@ SOURCES: dict[str, Callable[[Case], Iterator[torch.Tensor]]] = {
 }
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def anonymous_bytes() -> int:
-    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) << 10
+    return kib(Path("/proc/self/status"), "RssAnon")
 
 
 # ---- in the process that the user started
 
 
 def run(case: Case) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        ending = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        return {"failed": f"process ended with {done.returncode}: {ending[0]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return output_of([sys.executable, __file__, "--worker", json.dumps(asdict(case))], os.environ)
 
 
 def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
@@ -299,10 +280,8 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    cpu = found[1] if found else platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": options.threads,
         "torch": torch.__version__,
@@ -311,8 +290,8 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def painted(work: Path) -> Path:
-    """The dataset, painted on first use; finished ones have their verification file."""
+def synthetic_set(work: Path) -> Path:
+    """Return the folder of the synthetic dataset, which is generated on first use."""
     folder = work / f"faces_{IDENTITIES}x{IMAGES_PER_IDENTITY}"
     if not (folder / "held_out.bin").exists():
         settings = (
@@ -327,17 +306,21 @@ def painted(work: Path) -> Path:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training batches per second from one dataset.")
-    parser.add_argument("--data", type=Path, help="InsightFace folder of 112x112 images; default: painted")
-    parser.add_argument("--work", type=Path, default=Path("data"), help="where the painted dataset is kept")
+    parser.add_argument("--data", type=Path, help="InsightFace folder of 112x112 images; default: synthetic")
+    parser.add_argument("--work", type=Path, default=Path("data"), help="folder for the synthetic dataset")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all; on a CPU all but trained")
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decode threads or workers")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="processes per side, the sides taking turns")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="processes per variant; the variants take turns"
+    )
     parser.add_argument("--warm-up", type=int, default=20, help="batches before the timed ones")
     parser.add_argument("--batches", type=int, default=150, help="timed batches of a process")
     parser.add_argument("--depth", type=int, default=100, help="layers of the network of `trained`")
-    parser.add_argument("--json", type=Path, help="also write all numbers here, and the table as .md")
+    parser.add_argument(
+        "--json", type=Path, help="file for all numbers; the table is written beside it as .md"
+    )
     options = parser.parse_args(arguments)
     options.sides = options.sides or (SIDES if options.device == "cuda" else SIDES[:-1])
     return options
@@ -349,7 +332,7 @@ def main(arguments: list[str]) -> None:
         sys.stdout.flush()
         os._exit(0)  # worker processes and decoding threads may be in the middle of a batch
     options = parse(arguments)
-    data = options.data or painted(options.work)
+    data = options.data or synthetic_set(options.work)
     about, found = machine(options), []
     for batch in options.batch:
         cases = [

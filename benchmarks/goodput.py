@@ -18,17 +18,17 @@ import math
 def goodput(
     interval_s: float, *, hold_s: float, restart_s: float, mean_time_between_failures_s: float
 ) -> float:
-    """The expected share of useful time, 0 to 1, with checkpoints after every `interval_s` of training."""
+    """Return the expected share of useful time, 0 to 1, with a checkpoint after every `interval_s`."""
     mean_s = mean_time_between_failures_s
-    # Beyond what a float holds the share is 0.
+    # exp overflows beyond this exponent; the share is then 0.
     exponent = min((interval_s + hold_s) / mean_s, 700.0)
     return interval_s / mean_s * math.exp(-restart_s / mean_s) / math.expm1(exponent)
 
 
 def best_interval(*, hold_s: float, mean_time_between_failures_s: float) -> float:
-    """The interval of the largest goodput, seconds: Daly's, which refines Young's sqrt(2 hold M).
+    """Return the interval of the largest goodput, seconds: Daly's, which refines Young's sqrt(2 hold M).
 
-    Within 1 % of the optimum where hold_s is under half the mean time between failures.
+    It is within 1 % of the optimum if hold_s is less than half the mean time between failures.
     """
     mean_s = mean_time_between_failures_s
     if hold_s >= 2 * mean_s:

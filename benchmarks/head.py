@@ -4,7 +4,7 @@
 The same on one GPU of 140 GB (up to 29 million identities, full softmax, batch 4096):
     python benchmarks/head.py --device cuda --insightface DIR --json benchmarks/results/head_h200.json \
         --classes 500000 1000000 2000000 3000000 10000000 29000000 --batch 4096 --rate 1 \
-        --sides streaming streaming,matrix_inputs=bf16 kernels kernels,moments=bf16 insightface
+        --sides streaming streaming,matrix_inputs=bf16 kernels kernels,optimizer.moments=bf16 insightface
 DIR is a checkout of deepinsight/insightface or its recognition/arcface_torch.
 
 `--sides` lists the variants: a backend of HeadConfig, with further keys of it after commas, or `insightface`,
@@ -45,7 +45,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -73,7 +73,7 @@ Step = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """The measurement of one process."""
 
     side: str
     classes: int
@@ -87,11 +87,11 @@ class Case:
     insightface: str | None
 
 
-# ---- in the process of one side
+# ---- in the process of one variant
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Times, losses and memory of one side."""
+    """Return times, losses and memory of one variant."""
     torch.set_num_threads(case.threads)
     torch.set_float32_matmul_precision(case.matmul_precision)
     dist.init_process_group(
@@ -107,7 +107,7 @@ def measure(case: Case) -> dict[str, Any]:
     times = []
     for number in range(WARM_UP, WARM_UP + case.repeats):
         began = time.perf_counter()
-        losses.append(step(number))  # a float: the device has finished
+        losses.append(step(number))  # a float, so the device has finished
         times.append(time.perf_counter() - began)
     extra = peak(case.device) - start - held
     dist.destroy_process_group()
@@ -115,7 +115,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def batch_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings and labels, the same for all sides."""
+    """Return embeddings and labels, the same for all variants."""
     dice = torch.Generator().manual_seed(SEED)
     emb_GD = torch.randn(case.batch, case.dim, generator=dice)
     label_G = torch.randint(case.classes, (case.batch,), generator=dice)
@@ -123,10 +123,10 @@ def batch_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fill(weight_CD: torch.Tensor, emb_GD: torch.Tensor, label_G: torch.Tensor) -> None:
-    """Class rows, the same for all sides; those of the batch half learned, at a cosine of about 0.7.
+    """Fill the class rows, the same for all variants; rows of the batch have a cosine of about 0.7.
 
-    InsightFace's loss ends at 69.08, where it clamps a probability: with all rows random it could not be
-    compared.
+    InsightFace clamps probabilities, so that its loss cannot exceed 69.08: with random rows all losses would
+    be equal.
     """
     dice = torch.Generator(weight_CD.device).manual_seed(SEED + 1)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def fill(weight_CD: torch.Tensor, emb_GD: torch.Tensor, label_G: torch.Tensor) -
 
 
 def build(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple[Step, int]:
-    """A side's step, and the bytes of its rows and moments."""
+    """Return the step of a variant, and the bytes of its rows and moments."""
     if case.side == "insightface":
         return build_insightface(case, emb_GD, label_G)
     return build_ours(case, emb_GD, label_G)
@@ -168,17 +168,18 @@ def build_ours(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple
 
 def head_config(case: Case) -> HeadConfig:
     backend, *settings = case.side.split(",")
-    return HeadConfig.model_validate(
-        {
-            "backend": backend,
-            "margin": {"kind": "arcface-straight-through", "m": MARGIN},
-            "scale": SCALE,
-            "sample_rate": case.rate,
-            "momentum": MOMENTUM,
-            "weight_decay": DECAY,
-            **dict(setting.split("=", 1) for setting in settings),
-        }
-    )
+    optimizer: dict[str, Any] = {"momentum": MOMENTUM, "weight_decay": DECAY}
+    head: dict[str, Any] = {
+        "backend": backend,
+        "margin": {"kind": "arcface-straight-through", "m": MARGIN},
+        "scale": SCALE,
+        "sample_rate": case.rate,
+        "optimizer": optimizer,
+    }
+    for setting in settings:
+        key, value = setting.split("=", 1)
+        (optimizer if key.startswith("optimizer.") else head)[key.removeprefix("optimizer.")] = value
+    return HeadConfig.model_validate(head)
 
 
 def build_insightface(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -> tuple[Step, int]:
@@ -207,10 +208,12 @@ def build_insightface(case: Case, emb_GD: torch.Tensor, label_G: torch.Tensor) -
 
 
 def probe(case: Case) -> dict[str, float]:
-    """FLOP/s of a square product, and bytes/s (read and written) of a large copy; the best that is seen."""
+    """Return FLOP/s of a square product, and bytes/s (read and written) of a large copy; the best of many."""
     torch.set_num_threads(case.threads)
     on_gpu = case.device == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)  # a CPU's fits its cache
+    size, dtype = (
+        (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
+    )  # the CPU's matrices fit its cache
     left, right = torch.randn(2, size, size, device=case.device).to(dtype)
     source = torch.ones(32 * MIB, device=case.device)
     target = torch.empty_like(source)
@@ -236,7 +239,7 @@ def synchronize(device: str) -> None:
 
 
 def limit_memory(device: str) -> None:
-    """Make an allocation fail that this machine cannot serve; a GPU's own allocator does so anyway."""
+    """Make allocations fail that exceed the free memory; a GPU's allocator does so without a limit."""
     if device == "cpu":
         free = kib(Path("/proc/meminfo"), "MemAvailable")
         used = kib(Path("/proc/self/status"), "VmData")
@@ -254,7 +257,7 @@ def peak(device: str) -> int:
 
 
 def kib(path: Path, key: str) -> int:
-    """A line `key: N kB` of a file, in bytes."""
+    """Return the value of the line `key: N kB` of a file, in bytes."""
     found = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     assert found is not None, f"{path} has no {key}"
     return int(found[1]) << 10
@@ -272,9 +275,14 @@ def work(task: str, case: Case) -> dict[str, Any]:
 
 
 def run(task: str, case: Case) -> dict[str, Any]:
-    """The result of `work` in a process of its own."""
+    """Return the result of `work` in a new process."""
     command = [sys.executable, __file__, "--worker", task, json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**OPENMP, **os.environ})
+    return output_of(command, {**OPENMP, **os.environ})
+
+
+def output_of(command: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run a command and return the JSON in its last line; its last error line under "failed" if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         ending = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return {"failed": f"process ended with {done.returncode}: {ending[0]}"}
@@ -282,7 +290,7 @@ def run(task: str, case: Case) -> dict[str, Any]:
 
 
 def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
-    """One result per case (the sides of one size), their processes taking turns."""
+    """Return one result per case (the variants of one size); their processes take turns."""
     seen: list[list[dict[str, Any]]] = [[] for _ in cases]
     for _ in range(rounds):
         for case, results in zip(cases, seen, strict=True):
@@ -312,9 +320,9 @@ def summary(case: Case, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_losses(found: list[dict[str, Any]]) -> None:
-    """Without sampling all sides train the same thing: one that differs from the first has failed.
+    """Mark variants as failed whose first loss differs from that of the first variant.
 
-    The first losses are compared, which are of the same rows; types of lower precision drift apart later.
+    Without sampling, all variants compute the same first loss. Later losses differ with the precision.
     """
     ran = [result for result in found if "failed" not in result]
     for result in ran[1:]:
@@ -326,7 +334,7 @@ def check_losses(found: list[dict[str, Any]]) -> None:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown; the ratios are InsightFace's figure (or the dense twin's, without it) over the side's."""
+    """Return a Markdown table; speed and memory are relative to InsightFace, or else to the dense variant."""
     lines = [
         "| classes | batch | rate | side | step, ms (fastest to slowest) | ns per class | extra memory, MiB "
         "| of rows and moments | speed | memory |",
@@ -364,7 +372,7 @@ def row(result: dict[str, Any], reference: dict[str, Any] | None) -> str:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Device, versions and load: what a figure means nothing without."""
+    """Return device, versions and load of the machine."""
     return {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
         "threads": options.threads,
@@ -403,7 +411,7 @@ def note(text: str) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and memory of one step of the class head.")
-    parser.add_argument("--sides", nargs="+", help="see the head of this file; default: all that there are")
+    parser.add_argument("--sides", nargs="+", help="variants, see the head of this file; default: all")
     parser.add_argument("--insightface", type=insightface_folder, help="checkout of deepinsight/insightface")
     parser.add_argument("--classes", nargs="+", type=int, default=[100_000, 500_000, 1_000_000, 2_000_000])
     parser.add_argument("--batch", nargs="+", type=int, default=[128, 256])
@@ -411,10 +419,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=2, help="processes per side, the sides taking turns")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="processes per variant; the variants take turns"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a process")
     parser.add_argument("--matmul-precision", choices=["highest", "high"], default="highest")
-    parser.add_argument("--json", type=Path, help="also write all numbers here, and the table as .md")
+    parser.add_argument(
+        "--json", type=Path, help="file for all numbers; the table is written beside it as .md"
+    )
     options = parser.parse_args(arguments)
     options.sides = options.sides or OURS + ["insightface"] * (options.insightface is not None)
     if "insightface" in options.sides and options.insightface is None:
@@ -446,7 +458,7 @@ def main(arguments: list[str]) -> None:
             about["probe"] = run("probe", case)
         found += compare([replace(case, side=side) for side in options.sides], options.rounds)
         about["load_average_at_end"] = os.getloadavg()[0]
-        if options.json:  # after every size, as the next one may be long
+        if options.json:  # after every size, because the next one may take long
             write(options.json, about, found)
     print(report(about, found))
 

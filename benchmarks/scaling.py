@@ -35,7 +35,7 @@ from partial_fc.head import PartialFC
 NORMS = 2  # further numbers per row that LGAF's gather carries: the norms of its two branches
 FLOAT, LABEL, DOUBLE = 4, 8, 8
 NODE = 8  # GPUs joined by NVLink
-# Of the counted steps; all ranks have work in the larger head, in the smaller one some of 8 have none.
+# Sizes of the counted steps. With the smaller number of classes, some of 8 ranks have no class.
 ROWS_OF_RANK, DIM, CLASSES = 6, 16, (7, 4000)
 NAMES = {
     "c10d::_allgather_base_": "all_gather",
@@ -46,7 +46,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """From NVIDIA's data sheets of the SXM cards: dense bf16 FLOP/s, bytes/s of memory, bytes."""
+    """Figures of NVIDIA's data sheets of the SXM cards: dense bf16 FLOP/s, bytes/s of memory, bytes."""
 
     matrix_flops: float
     memory_bytes_per_s: float
@@ -60,28 +60,28 @@ GPUS = {"h100": Gpu(989e12, 3.35e12, 80e9), "h200": Gpu(989e12, 4.8e12, 141e9)}
 
 
 def sampled(C: int, W: int, r: float, G: int) -> float:
-    """S: classes of a rank that take part: those drawn, and the batch's own, if all differ, that are not."""
+    """Return S, the sampled classes of a rank: the drawn ones and the batch's others, if all differ."""
     R = math.ceil(C / W)
     return min(R, r * R + (1 - r) * G / W)
 
 
 def flop(G: int, S: float, D: int) -> float:
-    """Multiplies and adds of a rank: logits twice, and a product for either gradient, 2 G S D each."""
+    """Return the FLOP of a rank: the logits twice, and a product for each gradient, 2 G S D each."""
     return 8 * G * S * D
 
 
 def held_bytes(R: float, D: int, moment_bytes: int = FLOAT) -> float:
-    """Rows and momentum of a rank."""
+    """Return the bytes of a rank's rows and momentum."""
     return R * D * (FLOAT + moment_bytes)
 
 
 def moved_bytes(S: float, D: int, moment_bytes: int = FLOAT) -> float:
-    """Memory traffic of a rank if tiles stay in cache: rows read twice, written once; momentum both."""
+    """Return a rank's memory traffic if tiles stay in cache: rows 2 reads, 1 write; momentum 1 each."""
     return S * D * (3 * FLOAT + 2 * moment_bytes)
 
 
 def logit_bytes(G: int, S: float) -> float:
-    """Traffic on top where the logits of a tile do not stay in cache (streaming on a GPU, not fused).
+    """Return the additional traffic if a tile's logits do not stay in cache (streaming on a GPU, not fused).
 
     Pass 1: product, exponential (2), sum, product. Pass 2: product, difference (2), exponential (2), product.
     """
@@ -89,7 +89,7 @@ def logit_bytes(G: int, S: float) -> float:
 
 
 def payloads(G: int, D: int, norms: int = NORMS) -> dict[str, int]:
-    """Bytes of the full tensor of each collective of a (micro-)batch; C and r are in none of them."""
+    """Return the bytes of each collective's full tensor per (micro-)batch; they do not depend on C and r."""
     return {
         "all_gather": G * (FLOAT * D + LABEL + FLOAT * norms),
         "all_reduce": 2 * DOUBLE * G,
@@ -98,7 +98,7 @@ def payloads(G: int, D: int, norms: int = NORMS) -> dict[str, int]:
 
 
 def sent_bytes(payload: dict[str, int], W: int) -> float:
-    """What a rank sends on a ring, which no algorithm undercuts: an all-reduce goes round twice."""
+    """Return the bytes that a rank sends in ring algorithms, the minimum; an all-reduce takes two rounds."""
     return (payload["all_gather"] + payload["reduce_scatter"] + 2 * payload["all_reduce"]) * (W - 1) / W
 
 
@@ -106,7 +106,7 @@ def sent_bytes(payload: dict[str, int], W: int) -> float:
 
 
 class Watch(TorchDispatchMode):
-    """Notes name and bytes of every collective, whichever function of torch.distributed called it."""
+    """Recorder of the name and bytes of every collective, below the functions of torch.distributed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
 
 
 def count(world_size: int) -> list[list[tuple[str, int]]]:
-    """(collective, bytes of its full tensor) of a step of rank 0, in order, for each of CLASSES."""
+    """Return (collective, bytes of its full tensor) of a step of rank 0, in order, for each of CLASSES."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (world_size, folder), nprocs=world_size)
         steps = json.loads((Path(folder) / "steps.json").read_text())
@@ -146,7 +146,7 @@ def _watched_step(rank: int, classes: int) -> list[tuple[str, int]]:
     emb_BD, norm_BK = torch.randn(ROWS_OF_RANK, DIM), torch.ones(ROWS_OF_RANK, NORMS)
     label_B = torch.full((ROWS_OF_RANK,), 3)
     with Watch() as watch:
-        head.begin_step(0, label_B)  # the labels of all ranks, which are these
+        head.begin_step(0, label_B)  # all ranks have these labels
         gathered = collectives.gather(emb_BD, label_B, norm_BK, group)
         _, grad_GD = head.forward_backward(gathered.emb_GD, gathered.label_G)
         collectives.scatter(grad_GD, group)
@@ -158,7 +158,9 @@ def counted_rows(worlds: list[int]) -> Iterator[list[str]]:
     for W in worlds:
         expected = payloads(W * ROWS_OF_RANK, DIM)
         for classes, step in zip(CLASSES, count(W), strict=True):
-            verdict = "as the formula" if sorted(step) == sorted(expected.items()) else f"expected {expected}"
+            verdict = (
+                "equals the formula" if sorted(step) == sorted(expected.items()) else f"expected {expected}"
+            )
             calls = ", ".join(f"{name} {size:,}" for name, size in step)
             yield [str(W), str(classes), calls, f"{sent_bytes(dict(step), W):,.0f}", verdict]
 
@@ -167,7 +169,7 @@ def counted_rows(worlds: list[int]) -> Iterator[list[str]]:
 
 
 def measured_rows(path: Path) -> Iterator[list[str]]:
-    """The fastest streamed steps of a file beside FLOP / matrix rate + bytes / copy rate of that machine."""
+    """Yield the fastest streamed steps of a file, and FLOP / matrix rate + bytes / copy rate."""
     report = json.loads(path.read_text())
     rates = report["machine"]["probe"]
     for result in report["results"]:
@@ -194,7 +196,7 @@ def measured_rows(path: Path) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The card, and what is assumed of how far it is used."""
+    """A GPU, and the assumed efficiency, bandwidths and latency."""
 
     gpu: Gpu
     efficiency: float
@@ -203,18 +205,18 @@ class Cluster:
     latency_s: float
 
     def compute_s(self, G: int, S: float, D: int, moment_bytes: int) -> float:
-        """Fused kernels: logits stay on the chip. Not overlapped, which is on the safe side."""
+        """Return the time with fused kernels, whose logits stay on the chip, without any overlap."""
         return (
             flop(G, S, D) / (self.efficiency * self.gpu.matrix_flops)
             + moved_bytes(S, D, moment_bytes) / self.gpu.memory_bytes_per_s
         )
 
     def logit_s(self, G: int, S: float) -> float:
-        """What comes on top without fusing."""
+        """Return the additional time without fused kernels."""
         return logit_bytes(G, S) / self.gpu.memory_bytes_per_s
 
     def send_s(self, G: int, D: int, W: int) -> float:
-        """A ring at its slowest link, and each of the three calls a latency per doubling of the ranks."""
+        """Return the time of a ring over its slowest link, plus the latency of three calls."""
         link = self.nvlink_bytes_per_s if W <= NODE else self.network_bytes_per_s
         return sent_bytes(payloads(G, D), W) / link + 3 * math.log2(W) * self.latency_s
 
@@ -252,16 +254,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--ranks", nargs="*", type=int, default=[1, 2, 3, 4, 8], help="gloo ranks to count on"
     )
-    parser.add_argument("--measured", type=Path, help="numbers that benchmarks/head.py --json has written")
+    parser.add_argument("--measured", type=Path, help="file that benchmarks/head.py --json has written")
     parser.add_argument(
         "--classes", nargs="+", type=int, default=[2_000_000, 10_000_000, 29_000_000, 100_000_000]
     )
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 32, 128, 512, 1024])
     parser.add_argument("--rate", nargs="+", type=float, default=[1.0, 0.1])
     parser.add_argument("--batch-per-gpu", type=int, default=128)
-    parser.add_argument(
-        "--global-batch", type=int, help="instead: the same global batch on any number of GPUs"
-    )
+    parser.add_argument("--global-batch", type=int, help="instead: one global batch for any number of GPUs")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--moment-bytes", type=int, choices=[2, 4], default=FLOAT)
     parser.add_argument("--gpu", choices=GPUS, default="h100")

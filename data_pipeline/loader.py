@@ -6,39 +6,64 @@ whose record cannot be read or decoded is replaced by another sample; see `quara
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
 import torch
 
-from data_pipeline.batch import RankSlice, default_threads
+from data_pipeline.batch import Batch, RankSlice, default_threads
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import Decoder, EncodedBatch, UndecodableError
 from data_pipeline.quarantine import Quarantine
 
+GatherLabels = Callable[[torch.Tensor], torch.Tensor]
+
+
+class LoaderContext(NamedTuple):
+    """The rank and the start of a loader.
+
+    `cursor` [ranks, 2] comes from a checkpoint, None without one. `ranks_on_node` ranks share the node's
+    cores. `device_id` is the GPU's number, None for the CPU.
+    """
+
+    rank_slice: RankSlice
+    seed: int
+    first_step: int
+    cursor: list[list[int]] | None
+    ranks_on_node: int
+    device_id: int | None
+
 
 class LoaderBase:
-    """Base of the loaders: decodes micro-batches ahead by number, and decodes again without bad rows.
+    """Single-use, endless iterator over this rank's micro-batches, which are decoded ahead by number.
 
-    A subclass returns the encoded images of micro-batch i (`_encoded`) and the name of a row for messages
-    (`_name_of`), and excludes a bad row from then on (`_exclude`). `first` is the number of the first
-    micro-batch.
+    A subclass returns the encoded images of micro-batch i (`_encoded`), its labels and sample positions once
+    it is decoded (`_labels_and_samples`) and the name of a row for messages (`_name_of`), and excludes a bad
+    row from then on (`_exclude`). `first` is the number of the first micro-batch. Bad records go to
+    `quarantine`, which raises QuarantineError if they exceed its limit.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        rank_slice: RankSlice,
-        *,
-        first: int,
-        ranks_on_node: int,
-        device_id: int | None,
-        quarantine: Quarantine,
+        self, config: DataConfig, context: LoaderContext, quarantine: Quarantine, *, first: int
     ) -> None:
-        self._config, self._slice, self._device_id = config, rank_slice, device_id
-        self._threads = config.threads or default_threads(ranks_on_node)
-        self._quarantine = quarantine
+        self._config, self._quarantine = config, quarantine
+        self._slice, self._seed, self._device_id = context.rank_slice, context.seed, context.device_id
+        self._threads = config.threads or default_threads(context.ranks_on_node)
         self._next = self._asked = first
         self._decoder = self._new_decoder()
 
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        i, images_BCHW = self._decoded()
+        label_B, sample_B = self._labels_and_samples(i)
+        return Batch(images_BCHW, label_B.to(images_BCHW.device, non_blocking=True), sample_B)
+
     def _encoded(self, i: int) -> EncodedBatch:
+        raise NotImplementedError
+
+    def _labels_and_samples(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
     def _name_of(self, i: int, row: int) -> str:

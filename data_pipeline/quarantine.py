@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Number of bad records that is always tolerated: at the start of a run a share of the samples is too coarse.
-ALWAYS_BORNE = 10
+ALWAYS_TOLERATED = 10
 
 
 class BadRecord(NamedTuple):
@@ -84,7 +84,7 @@ class Quarantine:
                 os.write(handle, line.encode())
             finally:
                 os.close(handle)
-        if len(self._found) > max(ALWAYS_BORNE, self._max_share * self._seen):
+        if len(self._found) > max(ALWAYS_TOLERATED, self._max_share * self._seen):
             first = list(self._found.values())[:10]
             raise QuarantineError(
                 f"{len(self._found)} of the first {self._seen} samples cannot be read or decoded, which "

@@ -50,11 +50,11 @@ def _in_blocks(
     size_N = np.minimum(mixed, records - window_N * mixed)
     number_N = epoch_N * windows + window_N
     place_N = window_N * mixed + _permuted(seed, _WINDOWS, number_N, at_N, size_N, mixed)
-    whole = records // blocks.size
-    # The records that fill no whole block come last in their epoch.
+    full = records // blocks.size
+    # The records of the incomplete last block come last in their epoch.
     block_N, at_N = np.divmod(place_N, blocks.size)
-    is_whole_N = block_N < whole
-    block_N[is_whole_N] = _permuted(seed, _BLOCKS, epoch_N[is_whole_N], block_N[is_whole_N], whole, whole)
+    is_full_N = block_N < full
+    block_N[is_full_N] = _permuted(seed, _BLOCKS, epoch_N[is_full_N], block_N[is_full_N], full, full)
     # Every epoch starts its blocks at another offset, so that the records that come last differ.
     cut_N = philox.words(seed, epoch_N, _CUTS << 32)[0] % np.uint32(blocks.size)
     return (block_N * blocks.size + at_N + cut_N.astype(np.int64)) % records

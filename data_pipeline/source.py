@@ -8,31 +8,18 @@ checkpoint must hold: for a catalog only the step, for a stream also the cursor,
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 
-from data_pipeline.batch import RankSlice
 from data_pipeline.config import DataConfig
 from data_pipeline.formats.container import RecordError
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.indexed.loader import Loader
+from data_pipeline.loader import GatherLabels, LoaderContext
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.streaming.loader import RemoteLoader
-from data_pipeline.streaming.samples import first_cursor, shard_urls
-
-
-class LoaderContext(NamedTuple):
-    """The rank and the start of a loader; `cursor` [ranks, 2] comes from a checkpoint, None without one."""
-
-    rank_slice: RankSlice
-    seed: int
-    first_step: int
-    cursor: list[list[int]] | None
-    ranks_on_node: int
-    device_id: int | None
+from data_pipeline.streaming.samples import shard_urls
 
 
 class Source(Protocol):
@@ -43,10 +30,7 @@ class Source(Protocol):
     identity: dict[str, int]
 
     def loader(
-        self,
-        context: LoaderContext,
-        quarantine: Quarantine,
-        gather_labels: Callable[[torch.Tensor], torch.Tensor],
+        self, context: LoaderContext, quarantine: Quarantine, gather_labels: GatherLabels
     ) -> Loader | RemoteLoader: ...
 
     def faces(self, count: int) -> list[tuple[bytes, str]]:
@@ -69,22 +53,8 @@ class CatalogSource:
         self.images: int | None = len(self._catalog)
         self.identity = self._catalog.identity
 
-    def loader(
-        self,
-        context: LoaderContext,
-        quarantine: Quarantine,
-        gather_labels: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Loader:
-        return Loader(
-            self._config,
-            self._catalog,
-            context.rank_slice,
-            seed=context.seed,
-            first_step=context.first_step,
-            ranks_on_node=context.ranks_on_node,
-            device_id=context.device_id,
-            quarantine=quarantine,
-        )
+    def loader(self, context: LoaderContext, quarantine: Quarantine, gather_labels: GatherLabels) -> Loader:
+        return Loader(self._config, self._catalog, context, quarantine)
 
     def faces(self, count: int) -> list[tuple[bytes, str]]:
         """Return two images each of identities spread over the set; a single image is returned twice."""
@@ -118,25 +88,9 @@ class RemoteSource:
         }
 
     def loader(
-        self,
-        context: LoaderContext,
-        quarantine: Quarantine,
-        gather_labels: Callable[[torch.Tensor], torch.Tensor],
+        self, context: LoaderContext, quarantine: Quarantine, gather_labels: GatherLabels
     ) -> RemoteLoader:
-        new = first_cursor(context.rank_slice.world_size)
-        cursor_W2 = new if context.cursor is None else np.array(context.cursor, np.int64)
-        return RemoteLoader(
-            self._config,
-            self._urls,
-            self.num_classes,
-            context.rank_slice,
-            seed=context.seed,
-            cursor_W2=cursor_W2,
-            ranks_on_node=context.ranks_on_node,
-            device_id=context.device_id,
-            quarantine=quarantine,
-            gather_labels=gather_labels,
-        )
+        return RemoteLoader(self._config, self._urls, self.num_classes, context, quarantine, gather_labels)
 
     def faces(self, count: int) -> list[tuple[bytes, str]]:
         return []

@@ -6,16 +6,18 @@ A container is a module with three functions:
     read_records(files, progress) -> Records   position and label of every image, in one pass
     image_of(span, where, offset) -> uint8     the encoded image in a record's bytes; RecordError if damaged
 
-`progress(done, total)` counts bytes. An error that concerns the dataset as a whole is a DatasetError.
+`progress(done, total)` counts bytes. A DatasetError concerns the dataset, a RecordError
+one record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -50,6 +52,18 @@ class Records(NamedTuple):
 
 FILE, OFFSET, LENGTH, LABEL, KEY = map(np.dtype, ("<i4", "<i8", "<i4", "<i8", "<i8"))
 COLUMNS = dict(zip(Records._fields, (FILE, OFFSET, LENGTH, LABEL, KEY, OFFSET), strict=True))
+LONGEST = np.iinfo(LENGTH).max  # stands for every longer length
+
+
+def joined(parts: Sequence[Records]) -> Records:
+    """Concatenate the records of several files; `damaged_D` of each part counts from its first record."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = accumulate((len(part.label_N) for part in parts), initial=0)
+    shifted = [
+        part._replace(damaged_D=part.damaged_D + start) for part, start in zip(parts, starts, strict=False)
+    ]
+    return Records(*map(np.concatenate, zip(*shifted, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,11 @@ class FileTable:
         digest.update(self.size_F.tobytes())
         digest.update(self.mtime_F.tobytes())
         return digest.digest()
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the sorted names of the files directly in `folder`; an empty list if it is not a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
 def table_of(folder: Path, names: Iterable[str]) -> FileTable:

@@ -17,6 +17,7 @@ from data_pipeline.formats.container import (
     KEY,
     LABEL,
     LENGTH,
+    LONGEST,
     OFFSET,
     DatasetError,
     FileTable,
@@ -60,7 +61,7 @@ def list_files(folder: Path) -> FileTable | None:
 
 
 def read_records(files: FileTable, progress: Progress) -> Records:
-    """Return one record per file, which spans the whole file; an empty file is a damaged record."""
+    """Return one record per file, with all of its bytes; an empty file is a damaged record."""
     label_N = np.empty(len(files), LABEL)
     label, latest = -1, b""
     start = 0
@@ -72,7 +73,7 @@ def read_records(files: FileTable, progress: Progress) -> Records:
     return Records(
         np.arange(len(files), dtype=FILE),
         np.zeros(len(files), OFFSET),
-        np.minimum(files.size_F, np.iinfo(LENGTH).max).astype(LENGTH),
+        np.minimum(files.size_F, LONGEST).astype(LENGTH),
         label_N,
         np.arange(len(files), dtype=KEY),
         np.flatnonzero(files.size_F == 0),

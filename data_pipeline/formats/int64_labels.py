@@ -1,7 +1,7 @@
-"""Labels beside a `.rec` as whole numbers, where float32, RecordIO's type of label, cannot hold them.
+"""Integer labels in a file beside a `.rec`, for labels that float32, RecordIO's label type, cannot hold.
 
 `train.labels.npy` belongs to `train.rec`: an int64 array [N, 2] of keys and labels, as numpy.save writes it.
-Its header is matched literally: numpy's own reader parses it as Python, and ends in anything.
+The header is matched literally, because numpy's reader parses it as Python and raises arbitrary exceptions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def write_labels(rec_path: Path, key_N: np.ndarray, label_N: np.ndarray) -> None
 
 
 def read_labels(rec_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and labels int64 [N] of the file beside `rec_path`. Raises DatasetError if it is not one."""
+    """Return keys and labels int64 [N] of the file beside `rec_path`.
+
+    Raises DatasetError if the file has another format.
+    """
     path = rec_path.with_suffix(LABELS_SUFFIX)
     with open(path, "rb") as file:
         head = file.read(256)
@@ -47,13 +50,13 @@ def read_labels(rec_path: Path) -> tuple[np.ndarray, np.ndarray]:
     if found is None:
         raise DatasetError(
             f"{path}: expected int64 [N, 2], keys and labels; found a file that begins with {head[:80]!r}; "
-            "write it anew with numpy.save"
+            "write it again with numpy.save"
         )
     count, start = int(found[1]), found.end()
     if size_bytes != start + 16 * count:
         raise DatasetError(
             f"{path}: expected {count} keys and labels from byte {start}, {start + 16 * count} bytes in all, "
-            f"found {size_bytes} bytes; copy it anew"
+            f"found {size_bytes} bytes; copy it again"
         )
     table_N2 = np.fromfile(path, "<i8", offset=start).reshape(count, 2)
     return table_N2[:, 0].copy(), table_N2[:, 1].copy()

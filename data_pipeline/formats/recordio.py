@@ -1,13 +1,13 @@
-"""RecordIO, byte for byte: frames, the image-record header, the index; reading and writing.
+"""RecordIO: reading and writing of frames, of the header of image records, and of the index.
 
-A file is a row of records. A record is one frame, or several where its payload contains the frame
-magic at a multiple of four bytes: the writer cuts there and drops the magic, the reader puts it back.
+A file is a sequence of records. A record is one frame, or several if its payload contains the frame
+magic at a multiple of four bytes: the writer splits there and drops the magic, the reader restores it.
 
     frame   = u32 magic | u32 (3 bits part, 29 bits length) | payload | zeros up to 4 bytes
     payload = IRHeader (24 bytes) | flag x float32 labels | encoded image
     .idx    = one "key<TAB>offset" line per record
 
-Source: the writer and reader of dmlc-core (recordio.h) and MXNet (recordio.py), read as descriptions.
+Source: the readers and writers of dmlc-core (recordio.h) and MXNet (recordio.py), read as descriptions.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class ImageRecord:
 
     @property
     def is_meta(self) -> bool:
-        """True for InsightFace's index records (key 0 and the identities): they carry no image."""
+        """True for InsightFace's index records (key 0 and the identities), which have no image."""
         return not self.image
 
 
 def pad4(length: int) -> int:
-    """`length` rounded up to a multiple of four bytes."""
+    """Return `length` rounded up to a multiple of four bytes."""
     return (length + 3) & ~3
 
 
 def frame(payload: bytes) -> bytes:
-    """The bytes of one record: a single frame, or several if the payload contains the magic.
+    """Return the bytes of one record: a single frame, or several if the payload contains the magic.
 
     Raises ValueError if a part is longer than the 29 bits of the length field.
     """
@@ -79,7 +79,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def _aligned_magics(payload: bytes) -> list[int]:
-    """Offsets of the magic at multiples of four; the format escapes only those."""
+    """Return the offsets of the magic at multiples of four; the format escapes only those."""
     found, at = [], payload.find(MAGIC_BYTES)
     while at >= 0:
         if at % 4 == 0:
@@ -117,7 +117,7 @@ def walk_frames(data: bytes | memoryview, where: str, base: int = 0) -> Iterator
 
 
 def join_frames(span: bytes | memoryview, where: str, base: int = 0) -> bytes:
-    """The payload of the one record whose frames fill `span`.
+    """Return the payload of the one record whose frames fill `span`.
 
     Raises RecordError if the span is not exactly one record.
     """
@@ -135,7 +135,7 @@ def join_frames(span: bytes | memoryview, where: str, base: int = 0) -> bytes:
 
 
 def pack(labels: float | tuple[float, ...], key: int, image: bytes) -> bytes:
-    """Payload of an image record; a bare number is stored as a scalar label (flag 0), a tuple as an array.
+    """Return the payload of an image record; a number becomes a scalar label (flag 0), a tuple an array.
 
     Raises ValueError for a whole-number label that float32 cannot hold exactly.
     """
@@ -161,16 +161,16 @@ def unpack(payload: bytes, where: str) -> ImageRecord:
     start = IMAGE_HEADER.size + 4 * flag
     if start > len(payload):
         raise RecordError(
-            f"{where}: a header that promises {flag} labels, in a record of {len(payload)} bytes"
+            f"{where}: the header announces {flag} labels, but the record has only {len(payload)} bytes"
         )
     labels = (label,) if flag == 0 else tuple(np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size).tolist())
     return ImageRecord(labels, key, payload[start:])
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and offsets of an `.idx`, both int64, in the order of the offsets.
+    """Return keys and offsets of an `.idx`, both int64, in the order of the offsets.
 
-    Raises RecordError naming the first line that is not `key<TAB>offset`.
+    Raises RecordError, which names the first line that is not `key<TAB>offset`.
     """
     try:
         key_N, offset_N = tables.read_columns(path, 2, "'key<TAB>offset' in whole numbers")
@@ -183,9 +183,9 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RecordWriter:
-    """Writes `PREFIX.rec` and `PREFIX.idx`; both appear under their names only when all is written.
+    """Writes `PREFIX.rec` and `PREFIX.idx`; both get their names only when they are complete.
 
-    Used as a context manager: leaving it by an exception removes what was written.
+    The writer is a context manager: an exception inside it removes both files.
     """
 
     def __init__(self, rec_path: Path) -> None:
@@ -214,7 +214,7 @@ class RecordWriter:
                     os.replace(partial, final)
         finally:
             for written in (self._rec, self._idx):
-                # What a full disk kept from being written would be tried again, and fail again, on closing.
+                # After an error for a full disk, `close` writes the buffer once more and fails again.
                 with contextlib.suppress(OSError):
                     written.close()
             for partial in self._partials:

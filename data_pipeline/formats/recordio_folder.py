@@ -21,11 +21,14 @@ from data_pipeline.formats.container import (
     FILE,
     LABEL,
     LENGTH,
+    LONGEST,
     DatasetError,
     FileTable,
     Progress,
     RecordError,
     Records,
+    file_names,
+    joined,
     table_of,
 )
 from data_pipeline.formats.int64_labels import LABELS_SUFFIX, read_labels
@@ -33,12 +36,11 @@ from data_pipeline.formats.recordio import FLOAT32_EXACT, FRAME_HEADER, IMAGE_HE
 from data_pipeline.formats.recordio_scan import GAP_BYTES, Scan, require_recordio, scan
 
 _HEAD_BYTES = FRAME_HEADER.size + IMAGE_HEADER.size
-_LONGEST = np.iinfo(np.int32).max
 
 
 def list_files(folder: Path) -> FileTable | None:
     """Return all `.rec` files and their sidecars; None if the folder has none."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    names = file_names(folder)
     stems = {name[: -len(".rec")] for name in names if name.endswith(".rec") and not name.startswith(".")}
     if not stems:
         return None
@@ -61,10 +63,9 @@ def read_records(files: FileTable, progress: Progress) -> Records:
         def report(at: int, _: int, before: int = done) -> None:
             progress(before + at, total)
 
-        part = _read_file(files.path(file), file, set(names), report)
-        parts.append(part._replace(damaged_D=part.damaged_D + sum(len(before.file_N) for before in parts)))
+        parts.append(_read_file(files.path(file), file, set(names), report))
         done += int(files.size_F[file])
-    return parts[0] if len(parts) == 1 else Records(*map(np.concatenate, zip(*parts, strict=True)))
+    return joined(parts)
 
 
 def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
@@ -95,12 +96,12 @@ def _read_file(rec_path: Path, file: int, names: set[str], progress: Progress) -
         found = _with_index(rec_path, scan(rec_path, progress), key_N, offset_N, size)
     else:
         found = scan(rec_path, progress)
-    _require_whole(rec_path, found, has_index, size)
+    _refuse_truncated(rec_path, found, has_index, size)
     if not found.has_image_R.any():
         raise DatasetError(
             f"{rec_path}: expected images, found none in its {len(found.offset_R)} records; copy it again"
         )
-    length_R = np.minimum(np.diff(found.offset_R, append=size), _LONGEST).astype(LENGTH)
+    length_R = np.minimum(np.diff(found.offset_R, append=size), LONGEST).astype(LENGTH)
     length_R[found.gap_R] = np.minimum(length_R[found.gap_R], GAP_BYTES)
     keep_R = found.has_image_R
     if not keep_R.all():
@@ -175,7 +176,7 @@ def _mismatch(rec_path: Path, at: int, found: str) -> str:
     )
 
 
-def _require_whole(rec_path: Path, found: Scan, has_index: bool, size: int) -> None:
+def _refuse_truncated(rec_path: Path, found: Scan, has_index: bool, size: int) -> None:
     """Raise DatasetError if the file is truncated."""
     if found.end > size:
         name = f" (key {found.key_R[-1]} of {rec_path.with_suffix('.idx').name})" if has_index else ""

@@ -18,6 +18,7 @@ import os
 from array import array
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -26,20 +27,53 @@ from data_pipeline.formats.int64_labels import write_labels
 from data_pipeline.formats.recordio import FLOAT32_EXACT, RecordWriter, pack
 
 
-class InsightFaceWriter:
-    """Writes one dataset into `folder`; its files get their names only when all of them are complete.
+class _DatasetWriter:
+    """Base of both writers: the files of the dataset get their names only when all of them are complete.
 
-    The writer is a context manager: an exception inside it removes the new files and leaves earlier files of
-    the folder unchanged. The images are `size` x `size` pixels.
+    A writer is a context manager: an exception inside it removes the new files and leaves earlier files of
+    the folder unchanged.
     """
 
-    def __init__(self, folder: Path, *, size: int) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._records = RecordWriter(folder / "train.rec")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._records.__exit__(kind, error, trace)
+            return
+        path = self._folder / "property"
+        partial = path.with_name(f"{path.name}.part")
+        try:
+            with self._records:
+                classes, height, width = self._complete()
+                write_through(partial, f"{classes},{height},{width}\n")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _complete(self) -> tuple[int, int, int]:
+        """Write the last records and files; return classes, height and width for `property`."""
+        raise NotImplementedError
+
+    def _empty(self) -> ValueError:
+        return ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
+
+
+class InsightFaceWriter(_DatasetWriter):
+    """Writes one dataset in InsightFace's layout into `folder`. The images are `size` x `size` pixels."""
+
+    def __init__(self, folder: Path, *, size: int) -> None:
+        super().__init__(folder)
         self._size = size
         self._first_keys: list[int] = []
         self._next_key = 1
-        self._records = RecordWriter(folder / "train.rec")
 
     def add(self, image: bytes, labels: float | tuple[float, ...]) -> None:
         """Append an encoded image under the next key; its class is the label, or the first of several labels.
@@ -71,48 +105,24 @@ class InsightFaceWriter:
         self._records.write(self._next_key, pack(labels, self._next_key, image))
         self._next_key += 1
 
-    def __enter__(self) -> InsightFaceWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._records.__exit__(kind, error, trace)
-            return
-        path = self._folder / "property"
-        partial = path.with_name(f"{path.name}.part")
-        try:
-            with self._records:
-                self._write_index_records()
-                write_through(partial, f"{len(self._first_keys)},{self._size},{self._size}\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _write_index_records(self) -> None:
-        """Write the records of key 0 and of the identities."""
+    def _complete(self) -> tuple[int, int, int]:
+        """Write the index records: key 0 and the identities."""
         if not self._first_keys:
-            raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
+            raise self._empty()
         end, ends = self._next_key, [*self._first_keys[1:], self._next_key]
         self._records.write(0, pack((end, end + len(ends)), 0, b""))
         for key, span in enumerate(zip(self._first_keys, ends, strict=True), end):
             self._records.write(key, pack(span, key, b""))
+        return len(ends), self._size, self._size
 
 
-class FlatWriter:
-    """Writes a dataset in im2rec's layout into `folder`; its files get their names when all are complete.
-
-    The writer is a context manager: an exception inside it removes the new files. `image_size` is the
-    (height, width) in pixels to write into `property`.
-    """
+class FlatWriter(_DatasetWriter):
+    """Writes a dataset in im2rec's layout into `folder`; `image_size` is (height, width) in pixels."""
 
     def __init__(self, folder: Path, *, image_size: tuple[int, int]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        super().__init__(folder)
         self._image_size = image_size
         self._labels = array("q")
-        self._records = RecordWriter(folder / "train.rec")
 
     def add(self, image: bytes, label: int) -> None:
         """Append an encoded image. Raises ValueError if it is empty, or its label not in [0, 2^63)."""
@@ -126,21 +136,11 @@ class FlatWriter:
         self._records.write(key, pack(float(label) if label <= FLOAT32_EXACT else math.nan, key, image))
         self._labels.append(label)
 
-    def __enter__(self) -> FlatWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._records.__exit__(kind, error, trace)
-            return
-        # The records get their names last, so that an index exists only together with its other files.
-        with self._records:
-            if not self._labels:
-                raise ValueError(f"{self._folder}: a dataset needs at least one image, none was added")
-            label_N = np.frombuffer(self._labels, np.int64)
-            if label_N.max() > FLOAT32_EXACT:
-                write_labels(self._folder / "train.rec", np.arange(len(label_N)), label_N)
-            height, width = self._image_size
-            write_through(self._folder / "property", f"{label_N.max() + 1},{height},{width}\n")
+    def _complete(self) -> tuple[int, int, int]:
+        """Write the labels file if a label exceeds float32, before the records get their names."""
+        if not self._labels:
+            raise self._empty()
+        label_N = np.frombuffer(self._labels, np.int64)
+        if label_N.max() > FLOAT32_EXACT:
+            write_labels(self._folder / "train.rec", np.arange(len(label_N)), label_N)
+        return int(label_N.max()) + 1, *self._image_size

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.formats.container import (
-    COLUMNS,
     FILE,
     KEY,
     LENGTH,
+    LONGEST,
     DatasetError,
     FileTable,
     Progress,
     RecordError,
     Records,
+    file_names,
+    joined,
     table_of,
 )
 from data_pipeline.formats.tar_index import index_shard
-
-_LARGEST = np.iinfo(LENGTH).max
 
 
 def list_files(folder: Path) -> FileTable | None:
@@ -31,7 +31,7 @@ def list_files(folder: Path) -> FileTable | None:
 
     Raises DatasetError if a shard is compressed, or if the folder is still being written.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    names = file_names(folder)
     shards = [name for name in names if ".tar" in Path(name).suffixes or name.endswith(".tgz")]
     if not shards:
         return None
@@ -61,28 +61,24 @@ def read_records(files: FileTable, progress: Progress) -> Records:
             Records(
                 np.full(count, number, FILE),
                 index.offset_N,
-                np.minimum(index.length_N, _LARGEST).astype(LENGTH),
+                np.minimum(index.length_N, LONGEST).astype(LENGTH),
                 index.label_N,
                 np.arange(count, dtype=KEY),
-                np.flatnonzero(index.length_N > _LARGEST),
+                np.flatnonzero(index.length_N > LONGEST),
             )
         )
         done += int(files.size_F[number])
         progress(done, total)
-    if not sum(len(part.label_N) for part in parts):
+    records = joined(parts)
+    if not len(records.label_N):
         raise DatasetError(
             f"{files.folder}: expected samples, found none in its {len(files)} shards; copy it again"
         )
-    starts = np.cumsum([0, *(len(part.label_N) for part in parts)])
-    shifted = [
-        part._replace(damaged_D=part.damaged_D + start) for part, start in zip(parts, starts, strict=False)
-    ]
-    columns = zip(COLUMNS.values(), zip(*shifted, strict=True), strict=True)
-    return Records(*(np.concatenate(pieces).astype(dtype, copy=False) for dtype, pieces in columns))
+    return records
 
 
 def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
     """Return the image's bytes, uint8. Raises RecordError if it is too long for an image."""
-    if len(span) >= _LARGEST:
-        raise RecordError(f"{where}: expected an image, found a file of {_LARGEST} bytes or more")
+    if len(span) >= LONGEST:
+        raise RecordError(f"{where}: expected an image, found a file of {LONGEST} bytes or more")
     return np.frombuffer(span, np.uint8)

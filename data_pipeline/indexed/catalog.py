@@ -39,7 +39,11 @@ from data_pipeline.quarantine import BadRecord
 __all__ = ["Catalog", "DatasetError", "RecordError", "open_catalog", "read_property"]
 
 # In the order in which a folder is tested. Images come last, because any sub-folder may contain some.
-CONTAINERS: dict[str, Container] = {"recordio": recordio_folder, "tar": tar_folder, "images": image_folder}
+CONTAINERS: dict[str, Container] = {
+    "recordio": recordio_folder,
+    "tar": tar_folder,
+    "images": image_folder,
+}
 
 _FORMAT = 1
 _HIDDEN = ".lgaf_catalog"
@@ -278,10 +282,10 @@ def _check_classes(catalog: Catalog, largest: Sequence[int], num_classes: int | 
     before = 0
     for dataset, record in zip(catalog.datasets, largest, strict=True):
         label = int(catalog.label_N[record]) - before
-        said = read_property(dataset.folder)
-        if said is not None and said[0] != label + 1:
+        found = read_property(dataset.folder)
+        if found is not None and found[0] != label + 1:
             raise DatasetError(
-                f"{dataset.folder / 'property'} gives {said[0]} classes, but {catalog.name_of(record)} has "
+                f"{dataset.folder / 'property'} gives {found[0]} classes, but {catalog.name_of(record)} has "
                 f"label {label}, the largest, so there are {label + 1}; correct `property`, or set "
                 "data.num_classes"
             )

@@ -11,12 +11,11 @@ import torch
 
 from data_pipeline import augment, shuffle
 from data_pipeline.augment import Augmentation
-from data_pipeline.batch import Batch, RankSlice
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import EncodedBatch
 from data_pipeline.formats.container import RecordError
 from data_pipeline.indexed.catalog import Catalog
-from data_pipeline.loader import LoaderBase
+from data_pipeline.loader import LoaderBase, LoaderContext
 from data_pipeline.quarantine import Quarantine, QuarantineError, substitutes
 
 # Number of samples whose records and augmentation are computed at once.
@@ -24,47 +23,16 @@ _PLANNED = 8192
 
 
 class Loader(LoaderBase):
-    """Single-use, endless iterator over this rank's micro-batches, from the first one of `first_step` on.
-
-    `device_id` is the GPU's number, None for the CPU; `ranks_on_node` ranks share the node's cores. Bad
-    records go to `quarantine`, which raises QuarantineError if they exceed its limit.
-    """
+    """Loader of the samples of a catalog, from the first micro-batch of the context's `first_step` on."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        catalog: Catalog,
-        rank_slice: RankSlice,
-        *,
-        seed: int,
-        first_step: int,
-        ranks_on_node: int,
-        device_id: int | None,
-        quarantine: Quarantine,
+        self, config: DataConfig, catalog: Catalog, context: LoaderContext, quarantine: Quarantine
     ) -> None:
-        self._catalog, self._seed, self._blocks = catalog, seed, config.shuffle_blocks()
+        self._catalog, self._blocks = catalog, config.shuffle_blocks()
         self._plan: tuple[int, np.ndarray, Augmentation] | None = None
         self._chosen: dict[int, np.ndarray] = {}  # records of the micro-batches that are being decoded
-        super().__init__(
-            config,
-            rank_slice,
-            first=first_step * rank_slice.accumulation,
-            ranks_on_node=ranks_on_node,
-            device_id=device_id,
-            quarantine=quarantine,
-        )
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> Batch:
-        i, images_BCHW = self._decoded()
-        label_B = torch.from_numpy(self._catalog.label_N[self._chosen.pop(i)])
-        return Batch(
-            images_BCHW,
-            label_B.to(images_BCHW.device, non_blocking=True),
-            torch.from_numpy(self._slice.samples(i)),
-        )
+        first = context.first_step * context.rank_slice.accumulation
+        super().__init__(config, context, quarantine, first=first)
 
     def labels_of_step(self, step: int) -> torch.Tensor:
         """Return the labels int64 [global batch] of all samples of a step, for all ranks."""
@@ -86,6 +54,10 @@ class Loader(LoaderBase):
             images.append(image)
         self._chosen[i] = record_B
         return images, augmentation
+
+    def _labels_and_samples(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        label_B = self._catalog.label_N[self._chosen.pop(i)]
+        return torch.from_numpy(label_B), torch.from_numpy(self._slice.samples(i))
 
     def _planned(self, i: int) -> tuple[np.ndarray, Augmentation]:
         """Return records and augmentation of a micro-batch, computed for many at once, which is cheaper."""

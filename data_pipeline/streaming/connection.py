@@ -225,8 +225,8 @@ async def _from_command(command: str, timeout_s: float) -> _Chunks:
                     await _in_time(process.wait(), _KILLED_S)
         if status:
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
-            said = errors.read().decode(errors="replace").strip()
-            raise OSError(f"status {status} of the command{f', with the output: {said}' if said else ''}")
+            output = errors.read().decode(errors="replace").strip()
+            raise OSError(f"status {status} of the command{f', with the output: {output}' if output else ''}")
 
 
 async def _from_http(url: str, start: int, timeout_s: float) -> _Chunks:
@@ -249,7 +249,7 @@ async def _from_http(url: str, start: int, timeout_s: float) -> _Chunks:
 
 
 async def _body_of(response: aiohttp.ClientResponse) -> tuple[bytes, bool, Exception | None]:
-    """Return the next part of a response's body, whether it is the last part, and the error that ended it.
+    """Return the next part of a response's body, True if it is the last part, and the error that ended it.
 
     aiohttp discards received data when the connection breaks, so each call takes as much as has arrived.
     """

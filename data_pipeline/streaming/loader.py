@@ -6,23 +6,20 @@ samples of every rank. A sample that cannot be decoded is replaced by the next o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from data_pipeline import augment
-from data_pipeline.batch import Batch, RankSlice
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import EncodedBatch
-from data_pipeline.loader import LoaderBase
+from data_pipeline.loader import GatherLabels, LoaderBase, LoaderContext
 from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError
 from data_pipeline.streaming.connection import RemoteError
-from data_pipeline.streaming.samples import RemoteSamples, Sample, resume
+from data_pipeline.streaming.samples import RemoteSamples, Sample
 
 
 class RemoteLoader(LoaderBase):
-    """Single-use, endless iterator over this rank's micro-batches, from `cursor_W2` on.
+    """Loader of the samples of streamed shards, from the context's cursor on.
 
     `cursor` is this rank's row of the run's cursor after the batches returned so far; `sample_B` of a batch
     encodes the shard's position and the sample's number in it (position * 2^32 + number). `gather_labels`
@@ -36,55 +33,24 @@ class RemoteLoader(LoaderBase):
         config: DataConfig,
         urls: list[str],
         num_classes: int,
-        rank_slice: RankSlice,
-        *,
-        seed: int,
-        cursor_W2: np.ndarray,
-        ranks_on_node: int,
-        device_id: int | None,
+        context: LoaderContext,
         quarantine: Quarantine,
-        gather_labels: Callable[[torch.Tensor], torch.Tensor],
+        gather_labels: GatherLabels,
     ) -> None:
-        cursor_W2 = resume(cursor_W2, rank_slice.world_size)
-        self._seed, self._num_classes = seed, num_classes
-        self._gather_labels = gather_labels
+        self._num_classes, self._gather_labels = num_classes, gather_labels
         self._samples = RemoteSamples(
             urls,
-            seed=seed,
-            rank=rank_slice.rank,
-            world_size=rank_slice.world_size,
+            seed=context.seed,
+            rank=context.rank_slice.rank,
+            world_size=context.rank_slice.world_size,
             window=config.shards_window,
-            cursor=cursor_W2,
+            cursor=None if context.cursor is None else np.array(context.cursor, np.int64),
         )
+        self.cursor = self._samples.start
         self._rows: dict[int, list[Sample]] = {}  # micro-batches that were read and not yet returned
         self._chosen: dict[int, list[Sample]] = {}  # micro-batches in decoding, bad rows replaced
         self._read = 0
-        self.cursor: tuple[int, int] = (
-            int(cursor_W2[rank_slice.rank, 0]),
-            int(cursor_W2[rank_slice.rank, 1]),
-        )
-        super().__init__(
-            config,
-            rank_slice,
-            first=0,
-            ranks_on_node=ranks_on_node,
-            device_id=device_id,
-            quarantine=quarantine,
-        )
-
-    def __iter__(self) -> RemoteLoader:
-        return self
-
-    def __next__(self) -> Batch:
-        i, images_BCHW = self._decoded()
-        label_B = torch.tensor([row.label for row in self._chosen.pop(i)])
-        rows = self._rows.pop(i)
-        self.cursor = rows[-1].after
-        return Batch(
-            images_BCHW,
-            label_B.to(images_BCHW.device, non_blocking=True),
-            torch.tensor([_position(row) for row in rows]),
-        )
+        super().__init__(config, context, quarantine, first=0)
 
     def labels_of_step(self, step: int) -> torch.Tensor:
         """Return the labels int64 of all samples of the next step, for all ranks."""
@@ -130,6 +96,11 @@ class RemoteLoader(LoaderBase):
         position_B = np.array([_position(row) for row in rows])
         images = [row.encoded for row in self._chosen[i]]
         return images, augment.of_samples(self._config.augment, self._seed, position_B)
+
+    def _labels_and_samples(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen, rows = self._chosen.pop(i), self._rows.pop(i)
+        self.cursor = rows[-1].after
+        return torch.tensor([row.label for row in chosen]), torch.tensor([_position(row) for row in rows])
 
     def _name_of(self, i: int, row: int) -> str:
         return self._chosen[i][row].name

@@ -1,4 +1,4 @@
-"""Training samples from WebDataset shards that are streamed from afar, and where to go on after a stop.
+"""Training samples from WebDataset shards that are streamed from a server, and a cursor to resume from.
 
     urls       train-{000000..000099}.tar -> a sorted list of n shards
     order      position q of the infinite sequence of shards -> one of the n                pure
@@ -7,10 +7,10 @@
     mix        windows of samples, each permuted by (seed, position, window)                pure
     queue      a thread reads ahead of the consumer by one window
 
-So the order is a function of integers, and what a rank has to remember is two of them: the position of the
-shard it reads, and how many of its samples are done. To go on, the shard is streamed again from its start
-and that many samples are dropped. On another number of ranks all start at the smallest position that is not
-done: no shard is left out, at most those in flight are seen again.
+A rank's state is two integers: the position of the shard that it reads, and the number of finished samples of
+this shard. To resume, the rank streams the shard again from its start and drops that many samples. On another
+number of ranks, all start at the smallest unfinished position: no shard is omitted, and only the shards that
+were being read are repeated.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _NOTICE_S = 0.1
 class Sample(NamedTuple):
     """An encoded image uint8 [n] and its label; `name` is for messages: the shard's URL and the key.
 
-    `shard` is the position in the sequence of shards, `number` counts the shard's samples in the order in
-    which they come. `after` is its rank's row of the cursor once this sample has been trained.
+    `shard` is the position in the sequence of shards; `number` counts the shard's samples in their mixed
+    order. `after` is the rank's row of the cursor after training on this sample.
     """
 
     encoded: np.ndarray
@@ -53,9 +53,9 @@ class Sample(NamedTuple):
 
 
 def shard_urls(patterns: Sequence[str]) -> list[str]:
-    """All shards that the patterns name, braces expanded ({000..099}, {a,b}), sorted.
+    """Return all shards that the patterns name, braces expanded ({000..099}, {a,b}), sorted.
 
-    Raises ValueError for no shard at all, one that is named twice, and a URL that cannot be read here.
+    Raises ValueError if there is no shard, if one is named twice, or if a URL has an unsupported protocol.
     """
     urls = sorted(url for pattern in patterns for url in braceexpand(pattern, escape=False))
     if not urls:
@@ -63,8 +63,8 @@ def shard_urls(patterns: Sequence[str]) -> list[str]:
     twice = [url for url, following in itertools.pairwise(urls) if url == following]
     if twice:
         raise ValueError(
-            f"expected every shard once, found {len(twice)} named again, first {twice[0]}; "
-            "let the patterns not overlap"
+            f"expected every shard once, found {len(twice)} repeated, first {twice[0]}; "
+            "use patterns that do not overlap"
         )
     for url in urls:
         require_reader(url)
@@ -72,22 +72,23 @@ def shard_urls(patterns: Sequence[str]) -> list[str]:
 
 
 def first_cursor(world_size: int) -> np.ndarray:
-    """The cursor int64 [W, 2] of a run that has not begun."""
+    """Return the cursor int64 [W, 2] of a new run."""
     return _started_at(0, world_size)
 
 
 def resume(cursor_V2: np.ndarray, world_size: int) -> np.ndarray:
-    """The cursor int64 [W, 2] with which `world_size` ranks go on from that of V ranks.
+    """Return the cursor int64 [W, 2] with which `world_size` ranks resume from the cursor of V ranks.
 
-    Row r is the position of the shard that rank r reads next and the number of its samples that are done.
-    With W = V nothing changes; else all start at the smallest position that is not done. Raises ValueError
-    for what is no cursor.
+    Row r is the position of the shard that rank r reads next, and the number of its finished samples. With
+    W = V the cursor stays the same; else all ranks start at the smallest unfinished position.
+
+    Raises ValueError if `cursor_V2` has another shape or type, or a negative entry.
     """
     cursor_V2 = np.asarray(cursor_V2)
-    is_whole = np.issubdtype(cursor_V2.dtype, np.integer)
-    if not is_whole or cursor_V2.ndim != 2 or cursor_V2.shape[1] != 2 or not cursor_V2.size:
+    is_integer = np.issubdtype(cursor_V2.dtype, np.integer)
+    if not is_integer or cursor_V2.ndim != 2 or cursor_V2.shape[1] != 2 or not cursor_V2.size:
         raise ValueError(
-            f"expected a cursor of whole numbers [ranks, 2], found {cursor_V2.dtype} {list(cursor_V2.shape)}"
+            f"expected a cursor of integers [ranks, 2], found {cursor_V2.dtype} {list(cursor_V2.shape)}"
         )
     if (cursor_V2 < 0).any():
         raise ValueError(f"expected a cursor of positions and counts from 0, found {cursor_V2.tolist()}")
@@ -97,24 +98,24 @@ def resume(cursor_V2: np.ndarray, world_size: int) -> np.ndarray:
 
 
 def shard_of(seed: int, position: int, shards: int) -> int:
-    """Which of so many shards stands at a position of the infinite sequence."""
+    """Return the number of the shard at a position of the infinite sequence."""
     return int(shuffle.record_of(seed, np.array([position]), shards)[0])
 
 
 def mixed(seed: int, position: int, window_number: int, samples: int) -> np.ndarray:
-    """The order int64 [samples] in which the samples of a shard's window come."""
+    """Return the order int64 [samples] of the samples in a window of a shard."""
     at_N = (position << 32) + np.arange(samples, dtype=np.int64)
     high_N, low_N, *_ = philox.words(seed, at_N, _MIX << 32 | window_number)
     return np.lexsort((low_N, high_N))
 
 
 class RemoteSamples:
-    """Iterates once, without end, over the samples of one rank; a thread reads ahead of it.
+    """Single-use, endless iterator over the samples of one rank; a thread reads ahead.
 
-    `window` samples are mixed with each other; up to three times as many encoded images are held in memory.
-    `cursor` is that of a checkpoint, int64 [V, 2] for any number V of ranks, None at the start of a run.
-    Errors in reading are raised by the iteration as RemoteError, once what came before has been given out.
-    `close` ends the thread; garbage collection and the end of the interpreter do so too.
+    Windows of `window` samples are mixed; up to three times as many encoded images are held in memory.
+    `cursor` is that of a checkpoint, int64 [V, 2] for any number V of ranks, None at the start of a run;
+    `start` is this rank's row of it. A read error is raised as RemoteError, after the samples before it have
+    been returned. `close` ends the thread; garbage collection and the end of the interpreter do so too.
     """
 
     def __init__(
@@ -128,13 +129,13 @@ class RemoteSamples:
         cursor: np.ndarray | None = None,
         patience: Patience = Patience(),  # noqa: B008 - immutable
     ) -> None:
-        _require_share(urls, rank, world_size, window)
+        _require_valid(urls, rank, world_size, window)
         cursor_W2 = first_cursor(world_size) if cursor is None else resume(cursor, world_size)
-        position, done = cursor_W2[rank].tolist()
+        position, done = self.start = tuple(cursor_W2[rank].tolist())
         self._waits = waits = Waits()
         samples = _endless(list(urls), seed, position, done, world_size, window, patience, waits)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=window)
-        # The thread knows nothing of this object, so that it can be collected.
+        # The thread holds no reference to this object, so that the object can be garbage-collected.
         self._thread = threading.Thread(
             target=_read_ahead, args=(samples, self._queue, waits), name="shards", daemon=True
         )
@@ -150,7 +151,7 @@ class RemoteSamples:
         item = self._queue.get()
         if isinstance(item, Sample):
             return item
-        # Whoever asks again is told the same.
+        # The end or the error stays in the queue for further calls.
         self._queue.put(item)
         if item is None:
             raise StopIteration
@@ -163,7 +164,7 @@ class RemoteSamples:
         self.close()
 
     def close(self) -> None:
-        """End the reading thread and close its connection; the iteration is then over."""
+        """End the reading thread, close its connection and end the iteration."""
         self._finalizer()
         # A consumer in another thread may be waiting.
         with contextlib.suppress(queue.Full):
@@ -176,7 +177,7 @@ def _started_at(position: int, world_size: int) -> np.ndarray:
     return cursor_W2
 
 
-def _require_share(urls: Sequence[str], rank: int, world_size: int, window: int) -> None:
+def _require_valid(urls: Sequence[str], rank: int, world_size: int, window: int) -> None:
     if not urls:
         raise ValueError("expected the URLs of at least one shard, found none")
     if not 0 <= rank < world_size:
@@ -195,7 +196,7 @@ def _endless(
     patience: Patience,
     waits: Waits,
 ) -> Iterator[Sample]:
-    """The samples of a rank from `done` samples into the shard at `position` on."""
+    """Yield the samples of a rank, from sample number `done` of the shard at `position` on."""
     while True:
         url = urls[shard_of(seed, position, len(urls))]
         with contextlib.closing(Stream(url, patience, waits)) as stream:
@@ -221,13 +222,13 @@ def _of_shard(
         raise RemoteError(f"{stream.url}: expected samples, found an empty archive; remove it from the list")
     if first <= done:
         raise RemoteError(
-            f"{stream.url}: expected more than the {done} samples that the checkpoint has done of it, found "
-            f"{first}: it is another shard than then; restore the shards, their list and the seed"
+            f"{stream.url}: expected more than the {done} samples that the checkpoint counts as finished, "
+            f"found {first}: the shard has changed; restore the shards, their list and the seed"
         )
 
 
 def _windows(items: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
-    """The items, `size` at a time, and whether they are the last."""
+    """Yield windows of `size` items, each with a flag that is True for the last window."""
     window = list(itertools.islice(items, size))
     while window:
         following = list(itertools.islice(items, 1))
@@ -236,20 +237,20 @@ def _windows(items: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]
 
 
 def _decoded(stream: Stream) -> Iterator[tuple[np.ndarray, int, str]]:
-    """Image, label and name of all samples of a shard, in its own order."""
+    """Yield image, label and name of all samples of a shard, in their order in the file."""
     try:
         for members in group_by_keys(_files(stream)):
-            # A group with neither is something else, such as a file that describes the shard.
+            # A group with neither image nor .cls is not a sample but perhaps a description of the shard.
             if "cls" in members or any(suffix in members for suffix in _IMAGE_SUFFIXES):
                 yield _image_and_label(members, f"{stream.url}: sample {members['__key__']!r}")
     except RemoteError:
         raise
     except (tarfile.TarError, ValueError) as error:
-        # The text before what webdataset has added.
+        # webdataset appends its own text to the message.
         reason = str(error.args[0]).partition(" @ ")[0]
         raise RemoteError(
             f"{stream.url}: expected a tar archive, found damage at byte {stream.at} or before: {reason}; "
-            "copy it to the server anew"
+            "copy it to the server again"
         ) from error
 
 
@@ -264,13 +265,13 @@ def _image_and_label(members: dict[str, Any], name: str) -> tuple[np.ndarray, in
     if len(images) != 1 or not images[0]:
         found = f"{len(images)} images" if len(images) != 1 else "an empty one"
         raise RemoteError(
-            f"{name}: expected one image (.{', .'.join(_IMAGE_SUFFIXES)}), found {found}; write it anew"
+            f"{name}: expected one image (.{', .'.join(_IMAGE_SUFFIXES)}), found {found}; write it again"
         )
     return np.frombuffer(images[0], np.uint8), _label(members, name), name
 
 
 def _label(members: dict[str, Any], name: str) -> int:
-    """What .cls says, else "label" or "cls" in .json."""
+    """Return the label in .cls, else "label" or "cls" in .json."""
     text: bytes | None = members.get("cls", members.get("json"))
     label = None
     with contextlib.suppress(ValueError):  # more digits than Python takes
@@ -278,7 +279,7 @@ def _label(members: dict[str, Any], name: str) -> int:
     if label is None or not 0 <= label < 1 << 63:
         raise RemoteError(
             f"{name}: expected a whole number from 0 in .cls, or as 'label' or 'cls' in .json, found "
-            f"{'neither' if text is None else repr(text[:80])}; write it anew"
+            f"{'neither' if text is None else repr(text[:80])}; write it again"
         )
     return label
 
@@ -296,8 +297,8 @@ def _read_ahead(samples: Iterator[Sample], out: queue.Queue[Any], waits: Waits) 
 
 
 def _put(item: Any, out: queue.Queue[Any], waits: Waits) -> None:
-    # Asks from time to time, rather than being woken: garbage collection may stop it from any thread, even
-    # one that holds the queue's lock.
+    # Poll instead of waiting for a notification: garbage collection may stop the reader from any thread, even
+    # from one that holds the queue's lock.
     while not waits.is_stopped:
         with contextlib.suppress(queue.Full):
             return out.put(item, timeout=_NOTICE_S)
@@ -307,6 +308,6 @@ def _put(item: Any, out: queue.Queue[Any], waits: Waits) -> None:
 def _end(waits: Waits, reader: threading.Thread) -> None:
     waits.stop()
     here = threading.current_thread()
-    # Garbage may be collected in the very threads that would be waited for.
+    # Garbage collection may run in the reader itself, or in the thread for which the reader waits.
     if here is not reader and not waits.is_needed_by_reader(here):
         reader.join()

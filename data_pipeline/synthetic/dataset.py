@@ -29,10 +29,10 @@ from data_pipeline.formats.pair_file import write_pairs
 from data_pipeline.formats.recordio import FLOAT32_EXACT
 from data_pipeline.formats.recordio_writer import InsightFaceWriter
 from data_pipeline.synthetic.face import Nuisances
-from data_pipeline.synthetic.identities import AT_ONCE, Picture, SynthConfig, pairs_of, pictures
+from data_pipeline.synthetic.identities import AT_ONCE, SynthConfig, SynthImage, pairs_of, render_images
 
 # Part of every set's description. Increase it with any change to the random draws or to the rendering.
-PAINTER = 1
+RENDERER_VERSION = 1
 PAIRS_FILE = "held_out.bin"
 TRAIN_NUISANCES = "train_nuisances.tsv"
 PAIRS_NUISANCES = "held_out_nuisances.tsv"
@@ -68,7 +68,7 @@ def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], 
             f"earlier one was killed: remove it if none is running"
         ) from None
     try:
-        with contextlib.closing(painted(config, progress or (lambda done, total: None))) as stream:
+        with contextlib.closing(rendered_images(config, progress or (lambda done, total: None))) as stream:
             _write_training(partial, config, islice(stream, config.images))
             _write_pairs(partial, config, stream)
         _describe(partial, config)
@@ -84,7 +84,7 @@ def _require_room_in_format(config: SynthConfig) -> None:
             f"identities = {config.identities} with images_per_identity = {config.images_per_identity}: an "
             f"InsightFace dataset counts exactly up to {FLOAT32_EXACT} images and identities together, "
             f"found {config.images + config.identities}; write several sets with other seeds, or stream it "
-            "(`lgaf data paint`)"
+            "(`lgaf data render`)"
         )
 
 
@@ -106,25 +106,25 @@ def read_nuisances(path: Path) -> np.ndarray:
         return np.loadtxt(file, _COLUMNS, delimiter="\t", ndmin=1)
 
 
-def _write_training(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -> None:
+def _write_training(folder: Path, config: SynthConfig, stream: Iterable[SynthImage]) -> None:
     with (
         InsightFaceWriter(folder, size=config.image_size) as writer,
         open(folder / TRAIN_NUISANCES, "w", encoding="utf-8") as table,
     ):
         rows = _Table(table)
-        for key, picture in enumerate(stream, 1):
-            label = float(picture.identity)
-            writer.add(picture.jpeg, label if picture.number % 2 == 0 else (label, 1.0))
-            rows.add(key, picture)
+        for key, image in enumerate(stream, 1):
+            label = float(image.identity)
+            writer.add(image.jpeg, label if image.number % 2 == 0 else (label, 1.0))
+            rows.add(key, image)
 
 
-def _write_pairs(folder: Path, config: SynthConfig, stream: Iterable[Picture]) -> None:
+def _write_pairs(folder: Path, config: SynthConfig, stream: Iterable[SynthImage]) -> None:
     images = []
     with open(folder / PAIRS_NUISANCES, "w", encoding="utf-8") as table:
         rows = _Table(table)
-        for number, picture in enumerate(stream):
-            images.append(picture.jpeg)
-            rows.add(number, picture)
+        for number, image in enumerate(stream):
+            images.append(image.jpeg)
+            rows.add(number, image)
     write_pairs(folder / PAIRS_FILE, images, pairs_of(config).issame_P.tolist())
 
 
@@ -135,19 +135,19 @@ class _Table:
         self._writer = csv.writer(file, dialect="excel-tab", lineterminator="\n")
         self._writer.writerow(_COLUMNS.names or ())
 
-    def add(self, key: int, picture: Picture) -> None:
-        values = (f"{value:.5g}" if isinstance(value, float) else value for value in picture.nuisances)
-        self._writer.writerow((key, picture.identity, picture.number, *values))
+    def add(self, key: int, image: SynthImage) -> None:
+        values = (f"{value:.5g}" if isinstance(value, float) else value for value in image.nuisances)
+        self._writer.writerow((key, image.identity, image.number, *values))
 
 
-def painted(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[Picture]:
+def rendered_images(config: SynthConfig, progress: Callable[[int, int], None]) -> Generator[SynthImage]:
     """Yield all images of the set in order: the training images, then those of the pairs."""
     total, done = config.images + 2 * config.pairs, 0
     arguments = ((config, *chunk) for chunk in _chunks(config))
-    with contextlib.closing(in_order(pictures, arguments, config.processes)) as results:
+    with contextlib.closing(in_order(render_images, arguments, config.processes)) as results:
         for result in results:
-            for picture in result:
-                yield picture
+            for image in result:
+                yield image
                 done += 1
             progress(done, total)
 
@@ -163,14 +163,15 @@ def _chunks(config: SynthConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield pairs.identity_2P[part], pairs.number_2P[part]
 
 
-def _what_is_drawn(config: SynthConfig) -> dict[str, object]:
+def _content_settings(config: SynthConfig) -> dict[str, object]:
     """Return all settings that determine the content of a set."""
-    return {"painter": PAINTER, **config.model_dump(mode="json", exclude={"processes"})}
+    # Earlier versions already call the renderer's version `painter` in synth.json.
+    return {"painter": RENDERER_VERSION, **config.model_dump(mode="json", exclude={"processes"})}
 
 
 def _describe(folder: Path, config: SynthConfig) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    description = {"config": _what_is_drawn(config), "bytes": sizes}
+    description = {"config": _content_settings(config), "bytes": sizes}
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -186,7 +187,7 @@ def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
     description = _description(folder)
     if description is None:
         raise ValueError(f"{expected}; found other content ({', '.join(names[:5])}); {todo}")
-    has, wanted = description["config"], _what_is_drawn(config)
+    has, wanted = description["config"], _content_settings(config)
     differing = [
         f"{k} = {has.get(k)}, requested {wanted.get(k)}" for k in has | wanted if has.get(k) != wanted.get(k)
     ]

@@ -2,8 +2,8 @@
 
 `sketch(face, nuisances, cloth)` returns the polygons from back to front, in face units: half a face is about
 1 wide; x to the right, y down, z towards the viewer; the origin lies between the cheeks. Parts on the skin
-follow an ellipsoid, so that yaw and pitch move nose and eyes against the outline. `render.paint` renders the
-polygons. An identity (`Face`) and the nuisances of an image (`Nuisances`) are plain numbers; this module
+follow an ellipsoid, so that yaw and pitch move nose and eyes against the outline. `render.render_face` fills
+the polygons. An identity (`Face`) and the nuisances of an image (`Nuisances`) are plain numbers; this module
 draws no random numbers.
 """
 

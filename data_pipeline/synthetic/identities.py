@@ -1,8 +1,8 @@
 """Synthetic identities and their images: each image is a pure function of (seed, identity, number).
 
-`faces_of` draws the faces, `nuisances_of` the nuisances of their images; `pictures` renders and compresses
-the images; `pairs_of` selects the pairs of a verification set. Training identities are numbered from 0,
-verification identities from `HELD_OUT`, so that the two never overlap.
+`faces_of` draws the faces, `nuisances_of` the nuisances of their images; `render_images` renders and
+compresses the images; `pairs_of` selects the pairs of a verification set. Training identities are numbered
+from 0, verification identities from `HELD_OUT`, so that the two never overlap.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline import philox
 from data_pipeline.synthetic.face import OCCLUSIONS, Face, Nuisances, ranges
-from data_pipeline.synthetic.render import paint
+from data_pipeline.synthetic.render import render_face
 
 HELD_OUT = 1 << 31
 _FACE, _NUISANCE, _SCENE, _PAIR = range(16, 20)  # streams of the counter-based generator
@@ -61,7 +61,7 @@ class SynthConfig(BaseModel):
         return self.identities * self.images_per_identity
 
 
-class Picture(NamedTuple):
+class SynthImage(NamedTuple):
     """One JPEG image with its identity, its number and its nuisances."""
 
     identity: int
@@ -119,7 +119,7 @@ def _occlusions(uniform_N: np.ndarray, share: float) -> list[str]:
     return [OCCLUSIONS[(u < bounds).sum()] for u in uniform_N]
 
 
-def pictures(config: SynthConfig, identity_N: np.ndarray, number_N: np.ndarray) -> list[Picture]:
+def render_images(config: SynthConfig, identity_N: np.ndarray, number_N: np.ndarray) -> list[SynthImage]:
     """Render image `number` of `identity`, N times; identities and numbers are int64 [N]."""
     nuisances = nuisances_of(config.seed, identity_N, number_N, config.difficulty)
     if config.jpeg_quality is not None:
@@ -127,13 +127,14 @@ def pictures(config: SynthConfig, identity_N: np.ndarray, number_N: np.ndarray) 
     faces = faces_of(config.seed, identity_N)
     rows = zip(identity_N.tolist(), number_N.tolist(), faces, nuisances, strict=True)
     return [
-        Picture(identity, number, n, _jpeg(face, n, config.image_size)) for identity, number, face, n in rows
+        SynthImage(identity, number, n, _jpeg(face, n, config.image_size))
+        for identity, number, face, n in rows
     ]
 
 
 def _jpeg(face: Face, nuisances: Nuisances, size: int) -> bytes:
     encoded = io.BytesIO()
-    paint(face, nuisances, size).save(encoded, "JPEG", quality=round(nuisances.jpeg_quality))
+    render_face(face, nuisances, size).save(encoded, "JPEG", quality=round(nuisances.jpeg_quality))
     return encoded.getvalue()
 
 

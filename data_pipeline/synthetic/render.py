@@ -1,7 +1,7 @@
 """Rendering of a synthetic face: pose, deformation, position, filling, light, colour, noise and blur.
 
-`paint(face, nuisances, size)` fills the polygons of the sketch at twice the size over a background, and then
-applies the effects of light and camera. Background, clothes and noise are functions of the image's scene
+`render_face(face, nuisances, size)` fills the polygons of the sketch at twice the size over a background, and
+then applies the effects of light and camera. Background, clothes and noise are functions of the image's scene
 number.
 """
 
@@ -22,28 +22,28 @@ _CENTRE_Y = 0.53
 _GRID = 28  # cells per side of the light map, which is smooth
 
 
-def paint(face: Face, nuisances: Nuisances, size: int) -> Image.Image:
+def render_face(face: Face, nuisances: Nuisances, size: int) -> Image.Image:
     """Render `face` as an RGB image, `size` pixels wide and high, before compression."""
     big = size * _SUPERSAMPLING
     colour_P3 = 255 * philox.uniform(nuisances.scene, np.arange(30), 0)[:3].T
-    picture = _background(colour_P3, big)
-    draw = ImageDraw.Draw(picture, "RGBA")
+    image = _background(colour_P3, big)
+    draw = ImageDraw.Draw(image, "RGBA")
     point_K3, ends, fills = faces.sketch(face, nuisances, colour_P3[9]).polygons()
     flat = _project(point_K3, nuisances, big).ravel().tolist()
     for start, end, fill in zip([0, *ends], ends, fills, strict=False):
         draw.polygon(flat[2 * start : 2 * end], fill)
-    return _photograph(picture.reduce(_SUPERSAMPLING), nuisances, size)
+    return _photograph(image.reduce(_SUPERSAMPLING), nuisances, size)
 
 
 def _background(colour_P3: np.ndarray, size: int) -> Image.Image:
     """Return a background of nine blended colours with translucent rectangles before them."""
     tile = Image.fromarray(colour_P3[:9].reshape(3, 3, 3).astype(np.uint8))
-    picture = tile.resize((size, size), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture, "RGBA")
+    image = tile.resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image, "RGBA")
     for centre, extent, colour in zip(colour_P3[10:16], colour_P3[16:22], colour_P3[22:28], strict=True):
         (x, y), (w, h) = centre[:2] * size / 255, extent[:2] * size / 600
         draw.rectangle((x - w, y - h, x + w, y + h), (*colour.astype(int).tolist(), 150))
-    return picture
+    return image
 
 
 def _project(point_K3: np.ndarray, n: Nuisances, size: int) -> np.ndarray:
@@ -58,22 +58,22 @@ def _project(point_K3: np.ndarray, n: Nuisances, size: int) -> np.ndarray:
     return size * np.column_stack([0.5 + n.shift_x + unit * x, _CENTRE_Y + n.shift_y + unit * y])
 
 
-def _photograph(picture: Image.Image, n: Nuisances, size: int) -> Image.Image:
+def _photograph(image: Image.Image, n: Nuisances, size: int) -> Image.Image:
     """Apply light, colour, noise, blur and low resolution."""
     light = Image.fromarray(_light(n)).resize((size, size), Image.Resampling.BILINEAR)
-    pixel_HWC = np.asarray(picture, np.float32) * np.asarray(light)[:, :, None]
+    pixel_HWC = np.asarray(image, np.float32) * np.asarray(light)[:, :, None]
     pixel_HWC = pixel_HWC @ _colours(n)
     grain = philox.words(n.scene, np.arange(-(-size * size // 16)), 1).view(np.uint8).ravel()
     grain_HW1 = grain[: size * size].reshape(size, size, 1).astype(np.float32)
     pixel_HWC += (grain_HW1 / 127.5 - 1) * np.float32(n.noise)
-    picture = Image.fromarray(np.clip(pixel_HWC, 0, 255).astype(np.uint8))
+    image = Image.fromarray(np.clip(pixel_HWC, 0, 255).astype(np.uint8))
     if n.blur_px > 0:
-        picture = picture.filter(ImageFilter.GaussianBlur(n.blur_px * size / 112))
+        image = image.filter(ImageFilter.GaussianBlur(n.blur_px * size / 112))
     if n.resolution < 1:
         small = max(1, round(size * n.resolution))
-        picture = picture.resize((small, small), Image.Resampling.BILINEAR)
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-    return picture
+        image = image.resize((small, small), Image.Resampling.BILINEAR)
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return image
 
 
 def _colours(n: Nuisances) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline import shuffle
 from data_pipeline.common.process_pool import in_order
 from data_pipeline.formats import tar_writer
-from data_pipeline.synthetic.identities import AT_ONCE, SynthConfig, pictures
+from data_pipeline.synthetic.identities import AT_ONCE, SynthConfig, render_images
 
 
 def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> None:
@@ -27,11 +27,13 @@ def write_shard(out: IO[bytes], config: SynthConfig, part: int, parts: int) -> N
             f"(identities = {config.identities}, images_per_identity = {config.images_per_identity}); "
             "choose fewer parts"
         )
-    with contextlib.closing(in_order(pictures, _chunks(config, part, parts), config.processes)) as results:
+    with contextlib.closing(
+        in_order(render_images, _chunks(config, part, parts), config.processes)
+    ) as results:
         number = part
         for result in results:
-            for picture in result:
-                out.write(tar_writer.sample(number, picture.jpeg, picture.identity))
+            for image in result:
+                out.write(tar_writer.sample(number, image.jpeg, image.identity))
                 number += parts
     out.write(tar_writer.END)
     out.flush()

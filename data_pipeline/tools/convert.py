@@ -88,9 +88,8 @@ def _is_of(catalog: Catalog, first: int, path: Path, index: ShardIndex) -> bool:
 
 
 def _to_records(catalog: Catalog, out: Path, progress: Progress | None) -> int:
-    width, height = decoded(
-        catalog.image(0), catalog.name_of(0)
-    ).size  # `property` states one size for all images
+    # `property` states one size for all images.
+    width, height = decoded(catalog.image(0), catalog.name_of(0)).size
     with staged(out) as partial, FlatWriter(partial, image_size=(height, width)) as writer:
         for record in range(len(catalog)):
             writer.add(catalog.image(record).tobytes(), int(catalog.label_N[record]))

@@ -17,13 +17,12 @@ _CAPTION_PX = 12
 
 
 def image_kinds(catalog: Catalog, sample: int) -> Counter[str]:
-    """Count each format, size and mode ("JPEG 112x112 RGB") in `sample` evenly spread images, without damaged
-    records.
+    """Count format, size and mode ("JPEG 112x112 RGB") of `sample` evenly spread images that are not damaged.
 
     Raises DecodeError, which names the record, for an image that cannot be decoded.
     """
     return Counter(
-        kind(_decoded(catalog, record)) for record in _whole(catalog, _spread(len(catalog), sample))
+        kind(_decoded(catalog, record)) for record in _intact(catalog, _spread(len(catalog), sample))
     )
 
 
@@ -37,20 +36,20 @@ def contact_sheet(
     """
     present = np.flatnonzero(np.bincount(catalog.label_N))
     chosen = present[_spread(len(present), classes)].tolist()
-    of_class = (_whole(catalog, np.flatnonzero(catalog.label_N == label)) for label in chosen)
+    of_class = (_intact(catalog, np.flatnonzero(catalog.label_N == label)) for label in chosen)
     records = [found[:images] for found in of_class]
-    pictures: Iterator[Image.Image]
+    decoded_images: Iterator[Image.Image]
     if augmentation is None:
-        pictures = (_decoded(catalog, record).convert("RGB") for record in chain(*records))
+        decoded_images = (_decoded(catalog, record).convert("RGB") for record in chain(*records))
     else:
-        pictures = _augmented(catalog, list(chain(*records)), size, augmentation)
+        decoded_images = _augmented(catalog, list(chain(*records)), size, augmentation)
     cell = size + _CAPTION_PX
     sheet = Image.new("RGB", (images * size, len(chosen) * cell), "white")
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(chosen):
         for column in range(len(records[row])):
             corner = (column * size, row * cell)
-            sheet.paste(next(pictures).resize((size, size)), corner)
+            sheet.paste(next(decoded_images).resize((size, size)), corner)
             draw.text((corner[0] + 3, corner[1] + size), f"{label}", fill="black")
     return sheet
 
@@ -81,7 +80,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int))
 
 
-def _whole(catalog: Catalog, record_N: np.ndarray) -> list[int]:
+def _intact(catalog: Catalog, record_N: np.ndarray) -> list[int]:
     """Return the records that are not damaged."""
     return record_N[~np.isin(record_N, catalog.damaged_D)].tolist()
 

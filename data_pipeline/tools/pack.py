@@ -52,6 +52,20 @@ class PackSummary:
     pairs: int = 0
 
 
+@dataclass(frozen=True)
+class PackOptions:
+    """The packed form of the images.
+
+    `size` is the stored width and height in pixels, `quality` the JPEG quality (1 to 95), `shard_samples` the
+    number of images in a tar shard.
+    """
+
+    form: Format = "rec"
+    size: int = 112
+    quality: int = 95
+    shard_samples: int = 10_000
+
+
 class _Writer(Protocol):
     def add(self, image: bytes, label: int, /) -> None: ...
 
@@ -59,20 +73,15 @@ class _Writer(Protocol):
 def pack_folder(
     folder: Path,
     out: Path,
+    options: PackOptions = PackOptions(),
     *,
-    form: Format = "rec",
-    size: int = 112,
-    quality: int = 95,
     hold_out: int = 0,
-    shard_samples: int = 10_000,
     progress: Progress | None = None,
 ) -> PackSummary:
     """Pack the images of `folder` into `out`: train.rec, train.idx and property, or shards; identities.tsv.
 
-    `size` is the stored width and height in pixels, `quality` is the JPEG quality (1 to 95); the last
-    `hold_out` identities go into held_out.bin instead; a shard gets `shard_samples` images; identities.tsv
-    lists the sub-folder of each class. `progress` is called after every image with the number of images done
-    and of all images.
+    The last `hold_out` identities go into held_out.bin instead; identities.tsv lists the sub-folder of each
+    class. `progress` is called after every image with the number of images done and of all images.
 
     Raises ValueError if `out` is not empty, if `folder` has no identity folders or an empty one, if too few
     identities are held out or left, or if an image cannot be read, with the file's name; OSError if the disk
@@ -83,33 +92,30 @@ def pack_folder(
     total = sum(map(len, files_by_identity.values()))
     with staged(out) as partial:
         writer = (
-            InsightFaceWriter(partial, size=size)
-            if form == "rec"
-            else ShardWriter(partial, samples=shard_samples)
+            InsightFaceWriter(partial, size=options.size)
+            if options.form == "rec"
+            else ShardWriter(partial, samples=options.shard_samples)
         )
-        stored = _store(items, total, writer, size, quality, progress)
+        stored = _store(items, total, writer, options, progress)
         (partial / "identities.tsv").write_text(
             _names_table(files_by_identity), encoding="utf-8", errors="surrogateescape"
         )
-        pairs = _write_held_out(partial / "held_out.bin", held_out, size, quality)
+        pairs = _write_held_out(partial / "held_out.bin", held_out, options)
     return PackSummary(out, len(files_by_identity), *stored, pairs)
 
 
 def pack_list(
     listed: Path,
     out: Path,
+    options: PackOptions = PackOptions(),
     *,
-    form: Format = "rec",
-    size: int = 112,
-    quality: int = 95,
-    shard_samples: int = 10_000,
     progress: Progress | None = None,
 ) -> PackSummary:
     """Pack the images that the file `listed` names, in its order, each with its class, into `out`.
 
     The lines are `path<TAB>label`, or with a comma if the file's name ends in .csv; a first line with the
-    columns `path` and `label` may change their order. Paths are relative to the file's folder. The other
-    arguments are those of `pack_folder`; labels that float32 cannot hold go into a sidecar of whole numbers.
+    columns `path` and `label` may change their order. Paths are relative to the file's folder. Labels that
+    float32 cannot hold go into a sidecar of whole numbers.
 
     Raises ValueError, which names the line, for a line of another form; else as `pack_folder` does.
     """
@@ -119,11 +125,11 @@ def pack_list(
         raise ValueError(f"{listed}: expected lines 'path<TAB>label', found none")
     with staged(out) as partial:
         writer = (
-            FlatWriter(partial, image_size=(size, size))
-            if form == "rec"
-            else ShardWriter(partial, samples=shard_samples)
+            FlatWriter(partial, image_size=(options.size, options.size))
+            if options.form == "rec"
+            else ShardWriter(partial, samples=options.shard_samples)
         )
-        stored = _store(_rows(listed), len(label_N), writer, size, quality, progress)
+        stored = _store(_rows(listed), len(label_N), writer, options, progress)
     return PackSummary(out, len(np.unique(label_N)), *stored)
 
 
@@ -131,8 +137,7 @@ def _store(
     items: Iterable[tuple[Path, int]],
     total: int,
     writer: AbstractContextManager[_Writer],
-    size: int,
-    quality: int,
+    options: PackOptions,
     progress: Progress | None,
 ) -> tuple[int, int, int]:
     """Write all (file, label); return the numbers of images, of images kept unchanged, and of bytes."""
@@ -141,7 +146,7 @@ def _store(
     chunks = iter(lambda: list(itertools.islice(items, _AT_ONCE)), [])
     with (
         writer as opened,
-        contextlib.closing(in_order(_encoded, ((chunk, size, quality) for chunk in chunks))) as results,
+        contextlib.closing(in_order(_encoded, ((chunk, options) for chunk in chunks))) as results,
     ):
         for result in results:
             for image, label, is_original in result:
@@ -152,11 +157,11 @@ def _store(
     return done, kept, stored_bytes
 
 
-def _encoded(chunk: list[tuple[Path, int]], size: int, quality: int) -> list[tuple[bytes, int, bool]]:
+def _encoded(chunk: list[tuple[Path, int]], options: PackOptions) -> list[tuple[bytes, int, bool]]:
     """Return for each (file, label) the bytes to store, the label, and True if the file is kept unchanged."""
     encoded = []
     for file, label in chunk:
-        image, is_original = _jpeg(file, size, quality)
+        image, is_original = _jpeg(file, options)
         encoded.append((image, label, is_original))
     return encoded
 
@@ -201,13 +206,13 @@ def _split(
     return {name: files_by_identity[name] for name in names[: len(names) - hold_out]}, held_out
 
 
-def _write_held_out(path: Path, held_out: list[list[Path]], size: int, quality: int) -> int:
+def _write_held_out(path: Path, held_out: list[list[Path]], options: PackOptions) -> int:
     """Write as many genuine as impostor pairs; return their number, 0 if no identity is held out."""
     if not held_out:
         return 0
     image_2P, issame_P = _pairs_of([len(files) for files in held_out])
     files = [file for files in held_out for file in files]
-    encoded = {i: _jpeg(files[i], size, quality)[0] for i in np.unique(image_2P).tolist()}
+    encoded = {i: _jpeg(files[i], options)[0] for i in np.unique(image_2P).tolist()}
     write_pairs(path, [encoded[i] for i in image_2P.tolist()], issame_P.tolist())
     return len(issame_P)
 
@@ -255,22 +260,22 @@ def _names_table(files_by_identity: dict[str, list[Path]]) -> str:
     return text.getvalue()
 
 
-def _jpeg(file: Path, size: int, quality: int) -> tuple[bytes, bool]:
-    """Return the bytes to store for one image file, and whether they are the file's own."""
+def _jpeg(file: Path, options: PackOptions) -> tuple[bytes, bool]:
+    """Return the bytes to store for one image file, and True if they are the unchanged file."""
     try:
         with Image.open(file) as image:
             # Every image is decoded, so that damage is found now and not in training.
             image.load()
-            if _is_stored_as_is(image, size):
+            if _is_stored_as_is(image, options.size):
                 return file.read_bytes(), True
-            square = ImageOps.fit(_upright_rgb(image), (size, size), Image.Resampling.BICUBIC)
+            square = ImageOps.fit(_upright_rgb(image), (options.size, options.size), Image.Resampling.BICUBIC)
     # Pillow does not document all exceptions that its readers raise for damaged files.
     except Exception as error:
         raise ValueError(
             f"{file}: expected an image, found: {error}; repair it, or remove it from the folder"
         ) from error
     encoded = io.BytesIO()
-    square.save(encoded, "JPEG", quality=quality)
+    square.save(encoded, "JPEG", quality=options.quality)
     return encoded.getvalue(), False
 
 

@@ -32,7 +32,7 @@ def validate(
 ) -> Report:
     """Read and decode all records.
 
-    Raises DatasetError or RecordError for an error of the dataset as a whole.
+    Raises DatasetError or RecordError if the dataset cannot be opened.
     """
     total = len(open_catalog(folders, catalog_dir=catalog_dir))
     pieces = [(start, min(start + _AT_ONCE, total)) for start in range(0, total, _AT_ONCE)]

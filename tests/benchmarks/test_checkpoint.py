@@ -1,4 +1,4 @@
-"""The benchmark of saving as a user starts it, on a state small enough for a test."""
+"""The command of the checkpoint benchmark, with a small state."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The loader's benchmark as a user starts it, on a few painted faces."""
+"""The command of the loader's benchmark, with a few synthetic faces."""
 
 import json
 import os

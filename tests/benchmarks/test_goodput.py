@@ -11,27 +11,27 @@ from benchmarks.goodput import best_interval, goodput
 
 
 def simulated(interval, hold, restart, mean, checkpoints):
-    """Live through `checkpoints` of them, with failures at random."""
+    """Simulate `checkpoints` intervals with random failures; return the share of useful time."""
     dice = np.random.default_rng(1)
     time = 0.0
     for _ in range(checkpoints):
         needed = interval + hold
         while (failure := dice.exponential(mean)) < needed:
             time += failure
-            # A restart can fail too, and then begins anew.
+            # A restart can fail too, and is then repeated.
             needed = restart + interval + hold
         time += needed
     return checkpoints * interval / time
 
 
-def test_it_is_what_a_run_would_see():
+def test_goodput_is_that_of_a_simulated_run():
     for interval, hold, mean in ((100, 5, 300), (300, 20, 1000), (50, 1, 2000)):
         found = simulated(interval, hold, 0, mean, 40_000)
         expected = goodput(interval, hold_s=hold, restart_s=0, mean_time_between_failures_s=mean)
         assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_with_restarts_it_is_near_where_failures_are_rare():
+def test_goodput_with_restarts_is_close_if_failures_are_rare():
     found = simulated(100, 5, 60, 3000, 40_000)
     expected = goodput(100, hold_s=5, restart_s=60, mean_time_between_failures_s=3000)
     assert found == pytest.approx(expected, rel=0.02)

@@ -1,4 +1,4 @@
-"""The head's benchmark as a user starts it, on a head small enough for a test."""
+"""The command of the head's benchmark, with a small head."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_sides_train_the_same_and_the_dense_one_needs_more_memory(tmp_path):
     assert "tile" in refused["failed"]
     assert streaming["losses"] == pytest.approx(dense["losses"], rel=1e-3)
     assert streaming["held_bytes"] == dense["held_bytes"] == 20_000 * 16 * 8
-    # The dense one holds logits [64, 20,000] several times over; 4 MiB are for what allocators keep.
+    # The dense variant holds several tensors of logits [64, 20,000]; allocators may keep 4 MiB.
     assert dense["extra_bytes"] > 2 * 64 * 20_000 * 4
     assert streaming["extra_bytes"] < dense["extra_bytes"] - (4 << 20)
     assert report["machine"]["probe"]["matmul_flops"] > 0

@@ -1,4 +1,4 @@
-"""The benchmark of networks on bad faces as a user starts it, on few people and steps; its parts by hand."""
+"""The benchmark on degraded faces: its command with few identities and steps, and its parts by hand."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from benchmarks.quality import (
     attention,
     by_kind,
     gain_of_best,
-    moved,
+    motion_blurred,
     normalized,
     tar_by_weight,
 )
@@ -59,13 +59,13 @@ def test_networks_are_trained_and_compared(tmp_path):
 
 
 def of_two_people():
-    """Embeddings of two people that are right under every condition."""
+    """Return embeddings of two identities that are correct under every condition."""
     person_N = np.repeat([0, 1], TAKES)
     return np.eye(2)[np.tile(person_N[:, None], (1, 1 + len(CONDITIONS)))]
 
 
 def test_accuracy_by_hand():
-    """Two people whose pictures are right under every condition but one, where they are each other's."""
+    """Two identities whose embeddings are correct, except under one condition, where they are swapped."""
     emb_NSD = of_two_people()
     emb_NSD[:, 5] = emb_NSD[::-1, 5]
     figures = accuracy(emb_NSD)
@@ -78,7 +78,7 @@ def test_accuracy_by_hand():
 
 
 def test_one_weight_for_all_by_hand():
-    """Local features are right, global ones each other's: more than half must be local."""
+    """Local features are correct, global ones swapped: accuracy needs a local weight above one half."""
     local_NSD = of_two_people()
     global_NSD = np.concatenate([local_NSD[:, :1], local_NSD[::-1, 1:]], axis=1)
     tar_WS = np.array(tar_by_weight(np.stack([global_NSD, local_NSD], axis=2)))
@@ -107,12 +107,12 @@ def test_advantage_against_loops():
         assert np.isclose(found_NS[n, s], good[LOCAL] - good[GLOBAL])
 
 
-def test_attention_is_right_where_it_goes_to_the_better_branch_of_one_strength():
+def test_attention_correlates_with_the_better_branch_within_one_strength():
     rng = np.random.default_rng(0)
     unit_NSKD = normalized(rng.normal(size=(40 * TAKES, 1 + len(CONDITIONS), 2, 8)))
     norm_NSK = rng.uniform(1, 2, unit_NSKD.shape[:3])
     better_NS = advantage(unit_NSKD)
-    drift_S = np.arange(better_NS.shape[1]) * 100  # of the weight from strength to strength: not counted
+    drift_S = np.arange(better_NS.shape[1]) * 100  # of the weight between strengths, which must not count
     for weight_NS, expected in (
         (better_NS + drift_S, 1),
         (drift_S - better_NS, -1),
@@ -125,9 +125,9 @@ def test_attention_is_right_where_it_goes_to_the_better_branch_of_one_strength()
         assert np.allclose(list(found.values()), expected, atol=0.2 if expected == 0 else 1e-6)
 
 
-def test_motion_spreads_a_point_along_its_way():
-    picture = Image.new("RGB", (112, 112))
-    picture.putpixel((56, 56), (250, 250, 250))
-    spread_HW = np.asarray(moved(picture, 8, 0.0))[:, :, 0]
+def test_motion_blur_spreads_a_point_along_a_line():
+    image = Image.new("RGB", (112, 112))
+    image.putpixel((56, 56), (250, 250, 250))
+    spread_HW = np.asarray(motion_blurred(image, 8, 0.0))[:, :, 0]
     assert np.flatnonzero(spread_HW.any(1)).tolist() == [56]
     assert np.flatnonzero(spread_HW.any(0)).tolist() == list(range(52, 61))

@@ -1,4 +1,4 @@
-"""The cost model: its formulas against figures worked out by hand, and against what real ranks send."""
+"""The cost model: its formulas against figures computed by hand and against the bytes of real ranks."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_formulas():
         scaling.sampled(2_059_906, 32, 1, 4096) == 64_373
     )  # 32 x 64,373 = 2,059,936, the last rank has fewer
     assert scaling.sampled(2_059_906, 32, 0.1, 4096) == pytest.approx(6_437.3 + 0.9 * 128)
-    assert scaling.sampled(100, 2, 0.1, 4096) == 50  # never more than there are
+    assert scaling.sampled(100, 2, 0.1, 4096) == 50  # at most all classes
     assert scaling.flop(4096, 64_373, 512) == 8 * 4096 * 64_373 * 512
     assert scaling.held_bytes(64_373, 512) == 64_373 * 4096
     assert scaling.held_bytes(64_373, 512, moment_bytes=2) == 64_373 * 3072
@@ -25,6 +25,6 @@ def test_formulas():
     assert scaling.sent_bytes(scaling.payloads(8, 4), 1) == 0
 
 
-def test_what_two_ranks_send_is_what_the_formula_says_at_any_number_of_classes():
+def test_two_ranks_send_the_bytes_of_the_formula_with_any_number_of_classes():
     expected = list(scaling.payloads(2 * scaling.ROWS_OF_RANK, scaling.DIM).items())
     assert scaling.count(2) == [expected] * len(scaling.CLASSES)

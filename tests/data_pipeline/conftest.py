@@ -1,4 +1,4 @@
-"""Small datasets for the tests of this room."""
+"""Small datasets for the tests of the data pipeline."""
 
 import io
 
@@ -21,13 +21,13 @@ def _jpeg(seed):
 
 @pytest.fixture(scope="session")
 def jpeg():
-    """A smooth colour picture of 48x48 pixels, another one for every number."""
+    """A function that returns a smooth colour image of 48x48 pixels, a different one for every number."""
     return _jpeg
 
 
 @pytest.fixture(scope="session")
 def write_records():
-    """Writes (key, labels, image) as train.rec and train.idx."""
+    """A function that writes (key, labels, image) as train.rec and train.idx."""
 
     def write(folder, records):
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_records():
 
 @pytest.fixture
 def dataset(tmp_path):
-    """An InsightFace folder of 3 classes with 4 images each; labels in turn scalar and [class, aligned]."""
+    """An InsightFace folder of 3 classes with 4 images each; labels alternate: scalar, [class, aligned]."""
     with InsightFaceWriter(tmp_path / "faces", size=SIZE) as writer:
         for i in range(12):
             label = float(i // 4)

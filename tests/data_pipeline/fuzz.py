@@ -1,10 +1,10 @@
-"""What all readers of files from strangers must withstand: any bytes at all.
+"""Fuzzing of the readers: any bytes must give a valid result, or one of our errors.
 
     python tests/data_pipeline/fuzz.py [SECONDS [TARGET...]]
 
-A target is a reader and some valid files. `check` gives the reader any bytes: it must return what lies inside
-the file, or raise an error of ours that names the file. Atheris looks for bytes that make it do anything
-else, for so many seconds for each target; `test_fuzz.py` does the same with a few hundred mutations.
+A target is a reader and some valid files. `check` passes given bytes to the reader, which must return data
+that lies inside the file, or raise one of our errors, which names the file. Atheris searches for bytes that
+violate this, for SECONDS per target; `test_fuzz.py` does the same with a few hundred mutations.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ import numpy as np
 if __name__ == "__main__":
     import atheris
 
-    # What Atheris puts around a comparison keeps numpy's results, megabytes for a chunk of records.
-    whole_arrays = ["data_pipeline.formats.recordio_scan"]
-    instrumented = atheris.instrument_imports(include=["data_pipeline"], exclude=whole_arrays)
+    # Atheris' instrumentation of comparisons keeps numpy's results: megabytes for a chunk of records.
+    compares_arrays = ["data_pipeline.formats.recordio_scan"]
+    instrumented = atheris.instrument_imports(include=["data_pipeline"], exclude=compares_arrays)
 else:
     instrumented = contextlib.nullcontext()
 
@@ -41,13 +41,13 @@ with instrumented:
     from data_pipeline.formats.tar_writer import ShardWriter
     from data_pipeline.indexed.catalog import DatasetError, open_catalog
 
-# Where Atheris leaves the bytes that it found; ignored by git.
+# The folder for the bytes that Atheris finds; ignored by git.
 FOUND = Path("build/fuzz")
 IMAGES = (b"\xff\xd8 an image", recordio.MAGIC_BYTES * 2 + b"in parts", b"\x89PNG")
 
 
 class Target(NamedTuple):
-    """`read` the file `name` of a folder that holds one of `folders`."""
+    """A reader of the file `name` in a folder with the files of one of `folders`."""
 
     name: str
     read: Callable[[Path], None]
@@ -63,23 +63,23 @@ class Target(NamedTuple):
 def check(target: Target, data: bytes, folder: Path, which: int = 0) -> None:
     """Read `data` as the target's file, among the other files of folder number `which`.
 
-    Raises what is not the target's kind of error, and AssertionError for one that does not name the file.
+    Raises any error that the target does not allow, and AssertionError for one that does not name the file.
     """
     for name, content in {**target.folders[which % len(target.folders)], target.name: data}.items():
-        # A new file each time: to empty one that is there can wait for the disk.
+        # A new file each time, because truncating an existing one can wait for the disk.
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(content)
-    said = ""
+    message = ""
     try:
         target.read(folder)
     except target.errors as error:
-        said = str(error)
-    assert not said or str(folder) in said, f"an error that does not name its file: {said}"
-    assert len(said) < 2000, f"an error of {len(said)} characters"
+        message = str(error)
+    assert not message or str(folder) in message, f"an error that does not name its file: {message}"
+    assert len(message) < 2000, f"an error of {len(message)} characters"
 
 
 def read_dataset(folder: Path) -> None:
-    """The catalog and all of its images."""
+    """Read the catalog and all of its images."""
     catalog = open_catalog(folder)
     assert catalog.label_N.max() < catalog.num_classes
     for i in range(len(catalog)):
@@ -87,7 +87,7 @@ def read_dataset(folder: Path) -> None:
 
 
 def read_records(folder: Path) -> None:
-    """Record after record, without the index."""
+    """Read the records in sequence, without the index."""
     data, where = (folder / "train.rec").read_bytes(), str(folder / "train.rec")
     begin = 0
     for kind, _, end in recordio.walk_frames(data, where):
@@ -99,14 +99,14 @@ def read_records(folder: Path) -> None:
 
 
 def read_index(folder: Path) -> None:
-    """The index alone, in the order of its offsets."""
+    """Read the index alone."""
     key_N, offset_N = recordio.read_index(folder / "train.idx")
     assert len(key_N) == len(offset_N)
     assert (np.diff(offset_N) >= 0).all()
 
 
 def read_shard(folder: Path) -> None:
-    """A shard's byte ranges; the checksums are made to fit first, for little would get past them."""
+    """Index a shard after correcting its checksums, because few inputs would pass them."""
     path = folder / "train-000000.tar"
     data = bytearray(path.read_bytes())
     for at in range(0, len(data) - BLOCK, BLOCK):
@@ -123,49 +123,49 @@ def read_shard(folder: Path) -> None:
 
 
 def read_verification(folder: Path) -> None:
-    """The pairs, all of them bytes."""
+    """Read the pairs, and require that all images are bytes."""
     pairs = read_pairs(folder / "set.bin")
     assert len(pairs.images) == 2 * pairs.pairs
     assert all(isinstance(image, bytes) and image for image in pairs.images)
 
 
 def read_sidecar(folder: Path) -> None:
-    """The labels as numbers."""
+    """Read the labels."""
     key_N, label_N = read_labels(folder / "train.rec")
     assert len(key_N) == len(label_N)
     key_N.sum(), label_N.sum()
 
 
 def written(write: Callable[[Path], object]) -> dict[str, bytes]:
-    """The files that `write` leaves in a folder."""
+    """Return the files that `write` writes into a folder."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def write_insightface(folder: Path) -> None:
-    """Index records, scalar labels and arrays."""
+    """Write index records, and records with scalar and with array labels."""
     with InsightFaceWriter(folder, size=112) as writer:
         for i, image in enumerate(IMAGES * 2):
             writer.add(image, float(i // 3) if i % 2 else (float(i // 3), 1.0))
 
 
 def write_flat(folder: Path) -> None:
-    """Labels in no order."""
+    """Write unordered labels."""
     with FlatWriter(folder, image_size=(112, 112)) as writer:
         for label, image in zip((2, 0, 1), IMAGES, strict=True):
             writer.add(image, label)
 
 
 def write_shard(folder: Path) -> None:
-    """What our writer writes."""
+    """Write a shard with our writer."""
     with ShardWriter(folder) as writer:
         for label, image in enumerate(IMAGES):
             writer.add(image, label)
 
 
 def write_foreign_shard(form: int) -> Callable[[Path], None]:
-    """Long names, folders and JSON in a dialect of tarfile's."""
+    """Return a writer of long names, folders and JSON in one of tarfile's formats."""
 
     def write(folder: Path) -> None:
         with tarfile.open(folder / "train-000000.tar", "w", format=form, pax_headers={"comment": "x"}) as tar:
@@ -183,7 +183,7 @@ def write_foreign_shard(form: int) -> Callable[[Path], None]:
 
 
 def written_pickle(protocol: int) -> Callable[[Path], object]:
-    """Bytes and an array in one set, each twice, so that the second one is a reference."""
+    """Return a writer of bytes and an array in one set, each twice, so that the second one is a reference."""
     image, array = IMAGES[0], np.frombuffer(IMAGES[1], np.uint8)
     content = [image, array, image, array], [True, False]
     return lambda folder: (folder / "set.bin").write_bytes(pickle.dumps(content, protocol=protocol))
@@ -216,16 +216,16 @@ TARGETS = {
 
 
 def run_all(seconds: str, *names: str) -> None:
-    """Each target in a process of its own, one after the other; ends with the first find."""
+    """Fuzz each target in its own process, one after the other, up to the first failure."""
     for name in names or TARGETS:
         print(f"--- {name}, {seconds} s", flush=True)
         done = subprocess.run([sys.executable, __file__, "--one", seconds, name], check=False)
         if done.returncode:
-            sys.exit(f"{name}: the bytes that did it are in {FOUND}; add them to test_fuzz.py")
+            sys.exit(f"{name}: the failing bytes are in {FOUND}; add them to test_fuzz.py")
 
 
 def run_one(seconds: str, name: str) -> None:
-    """Atheris on one target, in this process, which it ends."""
+    """Run Atheris on one target; it ends this process."""
     target = TARGETS[name]
     found, scratch = FOUND / name.replace(" ", "_"), Path(tempfile.mkdtemp())
     shutil.rmtree(found, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Augmentation parameters: pure, in their ranges, as often as asked for; and the keys that say so."""
+"""Augmentation: its configuration keys, and its parameters, ranges and probabilities as pure functions."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def config(probability, *names, **keys):
 
 
 def drawn(name, **keys):
-    """The parameters of one change, made on all of many samples."""
+    """Return the parameters of one augmentation that is applied to all of many samples."""
     return augment.of_samples(config(1, name, **keys), 3, MANY).changes[name]
 
 
@@ -69,7 +69,7 @@ def test_changes_are_independent_of_each_other():
         assert is_equal(alone.changes[name], everything.changes[name])
 
 
-def test_another_seed_draws_anew():
+def test_another_seed_draws_other_numbers():
     for name in CHANGES:
         other = augment.of_samples(config(0.5, name), 4, MANY).changes[name]["on"]
         assert (
@@ -129,7 +129,7 @@ def test_rectangles_have_the_area_and_aspect_asked_for_and_lie_inside(name):
     assert abs(np.exp(np.log(aspect).mean()) - 1) < 0.02
     assert 0.5 - 1e-5 <= aspect.min() <= 0.51
     assert 1.96 <= aspect.max() <= 2 + 1e-5
-    # Places are as likely on one side as on the other.
+    # Positions are symmetric about the centre.
     for free, start in ((1 - height, top), (1 - width, left)):
         assert abs((start / free).mean() - 0.5) < 0.02
 
@@ -149,7 +149,7 @@ def test_motion_kernels_are_lines_that_keep_the_brightness():
     y, x = np.mgrid[-5:6, -5:6]
     spread = np.stack([(kernel_NKK * a * b).sum((1, 2)) for a, b in ((x, x), (x, y), (x, y), (y, y))], 1)
     along, across = np.linalg.eigvalsh(spread.reshape(-1, 2, 2)).T[::-1]
-    # A line of length L has a variance of L * L / 12; a pixel has 1 / 12 of its own, and smears it a little.
+    # A line of length L has the variance L * L / 12; its pixels add 1 / 12, and smear it slightly.
     assert across.max() < 0.4
     assert 6 < along.max() < 9.5**2 / 12 + 0.5
     rising, falling = (spread[:, 1] > 0.1).mean(), (spread[:, 1] < -0.1).mean()

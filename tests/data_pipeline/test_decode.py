@@ -1,4 +1,4 @@
-"""Pixels: as another library decodes them, and changed as each change says; on a GPU like on the CPU."""
+"""Decoded and augmented pixels, compared with Pillow and numpy, on the CPU and on a GPU."""
 
 import io
 import re
@@ -20,7 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def noisy(seed, size=SIZE):
-    """A JPEG of a picture with every frequency, 4:2:0 as most are."""
+    """Return a JPEG of an image with all frequencies and 4:2:0 chroma subsampling."""
     rng = np.random.default_rng(seed)
     octaves = [Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8)) for n in (3, 6, 12, 24, 48)]
     pixels_HWC = np.mean([image.resize((size, size), Image.Resampling.BICUBIC) for image in octaves], axis=0)
@@ -33,7 +33,7 @@ IMAGES = [noisy(seed) for seed in range(COUNT)]
 
 
 def pixels(config=None, *, images=IMAGES, batch_size=16, image_size=SIZE, device_id=None):
-    """What the network sees, as whole levels from 0 to 255: float [N, H, W, 3]; by default unchanged."""
+    """Return the decoder's output as levels from 0 to 255, float [N, H, W, 3]; by default unchanged."""
     config = config or AugmentConfig(flip_probability=0)
 
     def source(i):
@@ -71,7 +71,7 @@ def by_pillow(encoded):
 
 
 def roughness(image_NHWC):
-    """Mean squared difference of neighbouring pixels: what blur and low resolution take away."""
+    """Return the mean squared difference of neighbouring pixels, which blur and low resolution reduce."""
     return (np.diff(image_NHWC, axis=1) ** 2).mean((1, 2, 3)) + (np.diff(image_NHWC, axis=2) ** 2).mean(
         (1, 2, 3)
     )
@@ -103,7 +103,7 @@ def test_a_sample_that_is_not_changed_keeps_every_bit_and_the_others_change(plai
     is_same_N = (pixels(config) == plain).all((1, 2, 3))
     on_N = drawn(config)["on"]
     assert np.all(is_same_N[~on_N])
-    # A crop may be the whole image.
+    # A crop may keep the entire image.
     assert is_same_N[on_N].mean() < 0.1
 
 
@@ -114,20 +114,20 @@ def test_pixels_do_not_depend_on_the_rest_of_the_batch(batch_size):
 
 
 def inside(top, left, bottom, right):
-    """The pixels of a rectangle given as shares: bool [H, W]. DALI rounds its ends down."""
+    """Return the pixels of a rectangle given as shares: bool [H, W]. DALI rounds its ends down."""
     top, left, bottom, right = (np.floor(SIZE * share) for share in (top, left, bottom, right))
     y, x = np.mgrid[:SIZE, :SIZE]
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
-def test_occlusion_paints_its_rectangle_and_nothing_else(plain):
+def test_occlusion_fills_its_rectangle_and_nothing_else(plain):
     config = only("occlusion")
     rectangles = drawn(config)
     for i, levels in enumerate(pixels(config)):
         first, shape = rectangles["anchor"][i], rectangles["shape"][i]
-        painted_HW = inside(*first, *(first + shape))
-        assert np.all(levels[painted_HW] == rectangles["fill"][i])
-        assert np.array_equal(levels[~painted_HW], plain[i][~painted_HW])
+        filled_HW = inside(*first, *(first + shape))
+        assert np.all(levels[filled_HW] == rectangles["fill"][i])
+        assert np.array_equal(levels[~filled_HW], plain[i][~filled_HW])
 
 
 def test_crop_keeps_its_rectangle_in_place_and_the_rest_is_black(plain):
@@ -149,11 +149,11 @@ def test_grey_has_equal_channels_of_the_usual_luma(plain):
     assert np.abs(grey[..., 0] - plain @ LUMA).max() <= 1
 
 
-def test_low_resolution_takes_the_fine_detail_away_and_leaves_the_coarse(plain):
+def test_low_resolution_removes_fine_detail_and_keeps_the_coarse(plain):
     quarter = pixels(only("low_resolution", scale=[0.25, 0.25]))
     half = pixels(only("low_resolution", scale=[0.5, 0.5]))
-    whole = pixels(only("low_resolution", scale=[1, 1]))
-    assert np.abs(whole - plain).max() <= 1
+    full = pixels(only("low_resolution", scale=[1, 1]))
+    assert np.abs(full - plain).max() <= 1
     detail = [roughness(images).mean() for images in (quarter, half, plain)]
     assert detail[0] < 0.6 * detail[1] < 0.6 * detail[2]
     assert np.abs(quarter.mean((1, 2)) - plain.mean((1, 2))).max() < 12
@@ -168,7 +168,7 @@ def test_low_resolution_has_the_interpolations_drawn(plain):
     for i in np.flatnonzero(nearest):
         blocks = found[i].reshape(12, 4, 12, 4, 3)
         assert np.array_equal(blocks, np.broadcast_to(blocks[:, :1, :, :1], blocks.shape))
-    # Triangular averages before it throws pixels away, so that less is left of what is finer.
+    # Triangular interpolation averages before it drops pixels, so less fine detail remains.
     left = roughness(found) / roughness(plain)
     assert left[parameters["down"] == 4].mean() < 0.8 * left[parameters["down"] == 0].mean()
 
@@ -234,7 +234,7 @@ def test_jpeg_loses_more_at_lower_quality_as_pillow_does(plain):
 
 
 def operators(config, device_id=None):
-    """(name, specification) of the graph's operators; it is laid out only, which needs no GPU."""
+    """Return (name, specification) of the graph's operators; the graph is not run, so no GPU is needed."""
     names = {name: list(keys) for name, keys in augment.of_samples(config, 0, np.arange(1)).changes.items()}
     graph = decode._graph(lambda i: (), names, SIZE, 0.75, batch_size=4, num_threads=1, device_id=device_id)
     graph._build_graph()
@@ -242,7 +242,7 @@ def operators(config, device_id=None):
     return [(re.match(r"OpSpec for (\w+):", str(spec))[1], spec) for spec in specs]
 
 
-def test_the_plain_graph_holds_nothing_but_what_decoding_needs():
+def test_the_plain_graph_has_only_the_operators_of_decoding():
     on_samples = {"Split", "Merge", "Not"}
     names = {name.removeprefix("_conditional__") for name, _ in operators(AugmentConfig())}
     assert names - on_samples == {
@@ -272,9 +272,9 @@ def test_the_graph_for_a_gpu_is_the_same_and_stays_on_it_once_decoded():
 
 
 @needs_gpu
-def test_a_gpu_decodes_as_the_cpu_does_up_to_how_it_spreads_the_colours(plain):
+def test_a_gpu_decodes_as_the_cpu_does_except_for_chroma_upsampling(plain):
     found = pixels(device_id=0)
-    # By default nvJPEG repeats the halved colour channels' pixels, where libjpeg interpolates them.
+    # By default nvJPEG repeats the pixels of the subsampled chroma channels; libjpeg interpolates them.
     assert np.abs(found @ LUMA - plain @ LUMA).mean() < 1.5
     assert np.abs(found - plain).mean() < 4
 
@@ -286,6 +286,6 @@ def test_a_gpu_changes_pixels_as_the_cpu_does(plain, name):
     found, decoded = pixels(config, device_id=0), pixels(device_id=0)
     on_N = drawn(config)["on"]
     assert np.array_equal(found[~on_N], decoded[~on_N])
-    # The two start from slightly different pixels, and JPEG's loss is only modelled on a GPU.
+    # Decoded pixels differ slightly between the devices, and the GPU only models JPEG's loss.
     assert np.abs(found - pixels(config)).mean() < (6 if name == "jpeg" else 4)
     assert np.array_equal(found, pixels(config, batch_size=7, device_id=0))

@@ -1,4 +1,4 @@
-"""Damaged files end in our errors, soon and with little memory; `make fuzz` looks for more, and longer."""
+"""Damaged files raise our errors within limits of time and memory; `make fuzz` searches for more."""
 
 import signal
 import struct
@@ -34,9 +34,9 @@ EXTREMES = [
 
 
 def damaged(seeds, dice):
-    """A valid file after a few changes: bits, numbers, bytes put in or taken out, an early end."""
+    """Return a valid file with a few changes: bits, numbers, inserted or removed bytes, an early end."""
     data = bytearray(dice.choice(seeds))
-    # Most often one change, as a file with many rarely gets past the first.
+    # Mostly one change: readers rarely get past the first damage.
     for _ in range(dice.choice([1, 1, 1, 2, 4])):
         at, length = dice.randrange(len(data) + 1), dice.choice([1, 2, 4, 8, 100, 512])
         match dice.choice(["bit", "extreme", "insert", "remove", "repeat", "end"]):
@@ -58,7 +58,7 @@ def damaged(seeds, dice):
 
 @contextmanager
 def limited(size_bytes):
-    """Fails for memory out of proportion to a file of this size, and for a read that does not end."""
+    """Fail if memory is out of proportion to a file of this size, or if reading does not end."""
 
     def late(*_):
         raise TimeoutError(f"still reading after {LONGEST_S} s")
@@ -69,7 +69,7 @@ def limited(size_bytes):
     try:
         yield
         peak = tracemalloc.get_traced_memory()[1]
-        # Readers of files with millions of records take them in pieces of some megabytes.
+        # The readers for millions of records read chunks of some megabytes.
         assert peak < 32_000_000 + 100 * size_bytes, f"{peak} bytes of memory for a file of {size_bytes}"
     finally:
         tracemalloc.stop()
@@ -84,7 +84,7 @@ def test_the_valid_files_are_read(tmp_path, name):
         check(target._replace(errors=()), seed, tmp_path, which)
 
 
-# Found by looking on from what the fuzzers tried.
+# Inputs derived from findings of the fuzzers.
 FOUND = {
     "a number beyond 64 bits": ("idx alone", b"1\t99999999999999999999\n", r"line 1 is '1\\t9{20}"),
     "more digits than Python takes": ("idx alone", b"1\t" + b"9" * 5000 + b"\n", r"line 1 is '1\\t9{50}"),
@@ -100,7 +100,7 @@ FOUND = {
 
 @pytest.mark.parametrize(("name", "data", "message"), FOUND.values(), ids=FOUND)
 @pytest.mark.filterwarnings("error")
-def test_what_was_found_stays_mended(tmp_path, name, data, message):
+def test_earlier_findings_raise_our_errors(tmp_path, name, data, message):
     target = TARGETS[name]
     (tmp_path / target.name).write_bytes(data)
     with pytest.raises(target.errors, match=message):
@@ -108,11 +108,11 @@ def test_what_was_found_stays_mended(tmp_path, name, data, message):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_damage_ends_in_an_error_of_ours_or_in_what_the_file_holds(tmp_path, name):
+def test_any_damage_raises_one_of_our_errors_or_gives_valid_data(tmp_path, name):
     target = TARGETS[name]
 
-    # Hypothesis itself prefers small numbers: it would change the first bytes, again and again.
-    # The same changes in every run: new ones are for `make fuzz`.
+    # Hypothesis' own integers are mostly small and would change the first bytes only. `derandomize` repeats
+    # the same changes in every run; `make fuzz` tries new ones.
     @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.randoms(use_true_random=True), st.integers(0, 1))
     def damage(dice, which):

@@ -1,4 +1,4 @@
-"""Bad records: replaced by others of their step, on any ranks alike; listed, counted, borne up to a share."""
+"""Bad records: replaced from their step, the same on any ranks; listed, counted, tolerated up to a share."""
 
 import io
 import itertools
@@ -17,6 +17,7 @@ from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.indexed.loader import Loader
+from data_pipeline.loader import LoaderContext
 from data_pipeline.quarantine import BadRecord, Quarantine, QuarantineError, substitutes
 
 SEED, RECORDS, BATCH = 3, 12, 6
@@ -30,8 +31,8 @@ def encoded(side, kind="JPEG"):
 
 BAD = {
     "not an image": (b"no image at all", "no known image format, it begins with b'no image'"),
-    "cut off in its tables": (encoded((48, 48))[:400], "Truncated File Read"),
-    "cut off in its picture": (encoded((48, 48))[:-90], "image file is truncated"),
+    "truncated in its tables": (encoded((48, 48))[:400], "Truncated File Read"),
+    "truncated in its pixels": (encoded((48, 48))[:-90], "image file is truncated"),
     "without its last two bytes": (encoded((48, 48))[:-2], "image file is truncated"),
     "a wrong header": (b"\xff\xd8\xff\xe0" + bytes(200), ""),
     "too small": (encoded((48, 8)), "48x8 pixels, expected 16 to 4096 a side"),
@@ -41,7 +42,7 @@ BAD = {
 
 @pytest.fixture
 def bad_dataset(tmp_path, write_records, jpeg):
-    """A function that writes twelve records, of which those given are bad; labels are 0 to 11."""
+    """A function that writes twelve records with labels 0 to 11; `contents` replaces the images of some."""
 
     def write(contents):
         return write_records(tmp_path, [(i, float(i), contents.get(i, jpeg(i))) for i in range(RECORDS)])
@@ -57,15 +58,9 @@ def load(folder, share, steps, *, prefetch_batches=2, quarantine=None, first_ste
         prefetch_batches=prefetch_batches,
         augment=augment or AugmentConfig(flip_probability=0),
     )
+    context = LoaderContext(share, SEED, first_step, cursor=None, ranks_on_node=1, device_id=None)
     loader = Loader(
-        config,
-        open_catalog(folder),
-        share,
-        seed=SEED,
-        first_step=first_step,
-        ranks_on_node=1,
-        device_id=None,
-        quarantine=Quarantine(None, 0.0) if quarantine is None else quarantine,
+        config, open_catalog(folder), context, Quarantine(None, 0.0) if quarantine is None else quarantine
     )
     batches = itertools.islice(loader, steps * share.accumulation)
     seen = {
@@ -82,7 +77,7 @@ def record_of(sample):
 
 @pytest.mark.parametrize("prefetch_batches", [1, 3])
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_record_gives_way_to_the_next_of_its_step_and_is_listed(
+def test_a_bad_record_is_replaced_by_the_next_of_its_step_and_is_listed(
     bad_dataset, tmp_path, kind, prefetch_batches
 ):
     content, reason = BAD[kind]
@@ -110,12 +105,12 @@ def test_several_bad_records_in_one_batch_and_the_last_of_a_step(bad_dataset):
     bad = {record_of(sample): b"bad" for sample in (3, 4, 5)}
     _, seen = load(bad_dataset(bad), RankSlice(0, 1, BATCH, BATCH), 1)
     labels = [label for _, label in seen.values()]
-    # 3, 4 and 5 go on to the end of their step and around to its start.
+    # The substitutes of 3, 4 and 5 wrap around from the end of the step to its start.
     assert labels == [record_of(0), record_of(1), record_of(2), *[record_of(0)] * 3]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 3), (3, 1), (6, 1)])
-def test_what_replaces_a_bad_record_is_the_same_on_any_ranks(bad_dataset, ranks, micro_batch):
+def test_the_substitute_of_a_bad_record_is_the_same_on_any_ranks(bad_dataset, ranks, micro_batch):
     changes = AugmentConfig(occlusion={"probability": 0.5}, blur={"probability": 0.5})
     folder = bad_dataset({record_of(sample): b"bad" for sample in (1, 2, 11)})
     _, expected = load(folder, RankSlice(0, 1, BATCH, BATCH), 4, augment=changes)
@@ -132,15 +127,15 @@ def test_what_replaces_a_bad_record_is_the_same_on_any_ranks(bad_dataset, ranks,
         assert seen[sample][1] == label
 
 
-def test_a_run_that_goes_on_lists_nothing_twice(bad_dataset, tmp_path):
+def test_a_resumed_run_lists_nothing_twice(bad_dataset, tmp_path):
     folder, path = bad_dataset({record_of(8): b"bad", record_of(20): b"bad"}), tmp_path / "list.jsonl"
-    _, whole = load(folder, RankSlice(0, 1, BATCH, 3), 4, quarantine=Quarantine(path, 0.0))
+    _, uninterrupted = load(folder, RankSlice(0, 1, BATCH, 3), 4, quarantine=Quarantine(path, 0.0))
     before = path.read_text()
     _, rest = load(folder, RankSlice(0, 1, BATCH, 3), 3, quarantine=Quarantine(path, 0.0), first_step=1)
     assert path.read_text() == before
     for sample, (image, label) in rest.items():
-        assert torch.equal(whole[sample][0], image)
-        assert whole[sample][1] == label
+        assert torch.equal(uninterrupted[sample][0], image)
+        assert uninterrupted[sample][1] == label
 
 
 def test_a_record_that_breaks_while_training_is_replaced(tmp_path, write_records, jpeg):
@@ -150,23 +145,16 @@ def test_a_record_that_breaks_while_training_is_replaced(tmp_path, write_records
     catalog = open_catalog(folder)
     data = bytearray((folder / "train.rec").read_bytes())
     at = int(catalog.offset_N[record_of(4)])
-    at = data.index(magic, at + 8)  # the second part's
+    at = data.index(magic, at + 8)  # that of the second part
     data[at : at + 4] = bytes(4)
     was = (folder / "train.rec").stat()
     with open(folder / "train.rec", "r+b") as file:
         file.write(data)
-    os.utime(folder / "train.rec", ns=(was.st_atime_ns, was.st_mtime_ns))  # as a failing disk would
+    os.utime(folder / "train.rec", ns=(was.st_atime_ns, was.st_mtime_ns))  # like damage by a failing disk
     quarantine = Quarantine(None, 0.0)
-    loader = Loader(
-        DataConfig(path=folder, image_size=48, threads=1),
-        catalog,
-        RankSlice(0, 1, BATCH, BATCH),
-        seed=SEED,
-        first_step=0,
-        ranks_on_node=1,
-        device_id=None,
-        quarantine=quarantine,
-    )
+    rank_slice = RankSlice(0, 1, BATCH, BATCH)
+    context = LoaderContext(rank_slice, SEED, first_step=0, cursor=None, ranks_on_node=1, device_id=None)
+    loader = Loader(DataConfig(path=folder, image_size=48, threads=1), catalog, context, quarantine)
     assert next(loader).label_B[4] == record_of(5)
     assert record_of(4) in quarantine
 
@@ -188,7 +176,7 @@ def test_more_than_the_share_is_an_error_that_names_the_first_ten():
     assert lines == [f"  a.rec: key {i} at byte {8 * i}: zero bytes" for i in range(10)]
 
 
-def test_ten_are_borne_in_any_case():
+def test_ten_are_tolerated_in_any_case():
     quarantine = Quarantine(None, 0.0)
     for i in range(10):
         quarantine.add(i, BadRecord("a.rec", i, 0, "cut"))

@@ -1,4 +1,4 @@
-"""The sample sequence: exact coverage, independence of how it is cut, and the generator under it."""
+"""The sample sequence: exact coverage, independence of its division into steps, and the random generator."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_a_window_is_read_in_as_many_runs_as_it_has_blocks():
     ids = shuffle.record_of(3, np.arange(n), n, blocks)
     for start in range(0, 9600, 800):
         breaks = np.diff(np.sort(ids[start : start + 800])) != 1
-        assert breaks.sum() <= 8  # 8 blocks, and perhaps one cut by the end of the dataset
+        assert breaks.sum() <= 8  # 8 blocks, one of which the end of the dataset may split
     inside = ids[:800]
     assert abs(np.corrcoef(inside, np.arange(800))[0, 1]) < 0.2
     firsts = [shuffle.record_of(3, np.arange(e * n, e * n + 800), n, blocks) for e in range(3)]

@@ -23,10 +23,11 @@ from data_pipeline.tools import convert as conversion
 from data_pipeline.tools import inspect as inspection
 from data_pipeline.tools import pack as packing
 from data_pipeline.tools import validate as validation
-from trainer import config_file as settings
+from trainer import config_file
 
 app = typer.Typer(no_args_is_help=True, help="Generate, pack, convert, inspect and validate face datasets.")
 
+_NEW_FOLDER = "Folder to write; new or empty."
 _SAMPLE = 256
 _SHEET = {"classes": 8, "images": 10, "size": 112}
 _FILES_NAMED = 6
@@ -44,9 +45,17 @@ class _AugmentFile(BaseModel):
     data: _AugmentData = Field(description="the table that holds augment")
 
 
+def _argument(metavar: str, text: str) -> Any:
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+def _file(text: str) -> Any:
+    return typer.Option(metavar="FILE", help=text, show_default=False)
+
+
 def _print_keys(wanted: bool) -> None:
     if wanted:
-        typer.echo(settings.help_text(SynthConfig))
+        typer.echo(config_file.help_text(SynthConfig))
         raise typer.Exit
 
 
@@ -68,9 +77,7 @@ _HelpKeys = Annotated[
 
 @app.command()
 def synth(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder to write; new or empty.", show_default=False)
-    ],
+    folder: Annotated[Path, _argument("DIR", _NEW_FOLDER)],
     config: _SetFile = None,
     overrides: _SetKeys = None,
     help_config: _HelpKeys = False,
@@ -83,7 +90,7 @@ def synth(
 
     The same configuration generates the same dataset. If DIR holds it already, nothing is written.
     """
-    wanted = settings.load(SynthConfig, config, overrides or [])
+    wanted = config_file.load(SynthConfig, config, overrides or [])
     start = time.monotonic()
     with progress_bar("rendering") as progress:
         is_new = synthetic_set.write_set(folder, wanted, progress)
@@ -98,14 +105,10 @@ def synth(
     )
 
 
+@app.command("paint", hidden=True)  # the former name, which older configurations call
 @app.command()
-def paint(
-    part: Annotated[
-        str,
-        typer.Argument(
-            metavar="K/N", help="Part K of N to render, such as 0/50 to 49/50.", show_default=False
-        ),
-    ],
+def render(
+    part: Annotated[str, _argument("K/N", "Part K of N to render, such as 0/50 to 49/50.")],
     config: _SetFile = None,
     overrides: _SetKeys = None,
     help_config: _HelpKeys = False,
@@ -116,9 +119,9 @@ def paint(
     training that streams them renders them while it runs and stores none on disk.
     Each rank renders with all cores, unless `processes` sets fewer:
 
-    data.shards = ["pipe:lgaf data paint {0..49}/50 --set identities=100000"]
+    data.shards = ["pipe:lgaf data render {0..49}/50 --set identities=100000"]
     """
-    wanted = settings.load(SynthConfig, config, overrides or [])
+    wanted = config_file.load(SynthConfig, config, overrides or [])
     found = re.fullmatch(r"(\d+)/(\d+)", part)
     if found is None or int(found[1]) >= int(found[2]):
         raise ValueError(f"{part}: expected a part and the number of parts, such as 0/50 or 49/50")
@@ -133,11 +136,10 @@ def paint(
 def inspect(
     folders: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="DIR...",
-            help="Folder with .rec files, or with a sub-folder of images per identity. The classes of "
-            "several folders are numbered consecutively.",
-            show_default=False,
+        _argument(
+            "DIR...",
+            "Folder with .rec files, or with a sub-folder of images per identity. The classes of several "
+            "folders are numbered consecutively.",
         ),
     ],
     sheet: Annotated[
@@ -145,15 +147,11 @@ def inspect(
     ] = Path("contact_sheet.png"),
     augment: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Training configuration (TOML) whose [data.augment] is applied to the sheet's images.",
-            show_default=False,
-        ),
+        _file("Training configuration (TOML) whose [data.augment] is applied to the sheet's images."),
     ] = None,
 ) -> None:
     """Print facts about a dataset, and write a contact sheet of some of its classes with their labels."""
-    changes = None if augment is None else settings.load(_AugmentFile, augment).data.augment
+    changes = None if augment is None else config_file.load(_AugmentFile, augment).data.augment
     catalog = open_catalog(folders)
     for name, value in _facts(catalog):
         typer.echo(f"{name:<18}{value}")
@@ -169,15 +167,9 @@ _SHARD_SAMPLES = typer.Option(min=1, help="Images in each tar shard.")
 def pack(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Folder with one sub-folder of images for each identity, or a list of images.",
-            show_default=False,
-        ),
+        _argument("SOURCE", "Folder with one sub-folder of images for each identity, or a list of images."),
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write; new or empty.", show_default=False)
-    ],
+    out: Annotated[Path, _argument("OUT", _NEW_FOLDER)],
     form: Annotated[
         packing.Format, typer.Option("--format", help="RecordIO (train.rec) or WebDataset tar shards.")
     ] = "rec",
@@ -205,11 +197,11 @@ def pack(
             f"{source}: --hold-out {hold_out} expects a folder of identities, found a list; remove --hold-out"
         )
     with progress_bar("packing") as progress:
-        how: dict[str, Any] = {"form": form, "size": size, "quality": quality, "shard_samples": shard_samples}
+        options = packing.PackOptions(form, size, quality, shard_samples)
         if is_list:
-            done = packing.pack_list(source, out, progress=progress, **how)
+            done = packing.pack_list(source, out, options, progress=progress)
         else:
-            done = packing.pack_folder(source, out, hold_out=hold_out, progress=progress, **how)
+            done = packing.pack_folder(source, out, options, hold_out=hold_out, progress=progress)
     typer.echo(
         f"{out}: {done.images} images of {done.identities} identities, {done.image_bytes / 1e6:.1f} MB "
         f"({done.kept_images} copied unchanged)"
@@ -219,15 +211,8 @@ def pack(
 
 @app.command()
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", help="Folder with train.rec and train.idx, or with *.tar.", show_default=False
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write in the other format.", show_default=False)
-    ],
+    source: Annotated[Path, _argument("SOURCE", "Folder with train.rec and train.idx, or with *.tar.")],
+    out: Annotated[Path, _argument("OUT", "Folder to write in the other format.")],
     shard_samples: Annotated[int, _SHARD_SAMPLES] = 10_000,
 ) -> None:
     """Convert RecordIO to WebDataset tar shards, or shards to RecordIO; images are copied byte for byte.
@@ -243,21 +228,12 @@ def convert(
 
 @app.command()
 def validate(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(metavar="DIR...", help="The datasets, as in data.path.", show_default=False),
-    ],
+    folders: Annotated[list[Path], _argument("DIR...", "The datasets, as in data.path.")],
     report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="File to write all bad records to, one JSON object a line.",
-            show_default=False,
-        ),
+        Path | None, _file("File to write all bad records to, one JSON object per line.")
     ] = None,
     processes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes [default: one for each core].", show_default=False),
+        int | None, typer.Option(min=1, help="Processes; by default one for each core.", show_default=False)
     ] = None,
 ) -> None:
     """Read and decode every record of the datasets; exit with code 1 if one is bad.

@@ -1,4 +1,4 @@
-"""A single file appears whole or not at all, and says so where there is no room for it."""
+"""A staged file appears complete or not at all, and the error for a full disk names it."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def fills_the_disk(out):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+def test_the_error_for_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"faces\.npz: expected space to write, found none \(No space left"):
         fills_the_disk(tmp_path / "faces.npz")
     assert os.listdir(tmp_path) == []

@@ -1,12 +1,12 @@
-"""MXNet's own RecordIO, as a second opinion; runs in an environment of its own, without the project.
+"""MXNet's RecordIO as a reference implementation; it runs in a separate environment without the project.
 
     python mxnet_oracle.py write DIR    DIR/records.json -> DIR/train.rec, DIR/train.idx
     python mxnet_oracle.py read DIR     DIR/train.rec, DIR/train.idx -> DIR/seen.json, DIR/pixels.npz
 
 records.json lists {"key", "labels", "image"}: `labels` a number or a list, `image` in hexadecimal digits.
-seen.json holds what MXNet finds "by_key" through the index, and "in_sequence" without it: lists of
+seen.json has the records that MXNet reads "by_key" with the index, and "in_sequence" without it: lists of
 {"key", "flag", "labels", "id", "id2", "image"}, where key is null in the sequence.
-pixels.npz holds by key, as RGB, those images that begin as a JPEG does.
+pixels.npz has the decoded JPEG images by key, as RGB.
 """
 
 import json
@@ -19,7 +19,7 @@ from mxnet import recordio
 
 
 def write(folder):
-    """Pack and write with MXNet what records.json describes."""
+    """Pack and write the records of records.json with MXNet."""
     writer = recordio.MXIndexedRecordIO(str(folder / "train.idx"), str(folder / "train.rec"), "w")
     for record in json.loads((folder / "records.json").read_text()):
         header = recordio.IRHeader(0, record["labels"], record["key"], 0)
@@ -28,7 +28,7 @@ def write(folder):
 
 
 def read(folder):
-    """Dump what MXNet reads."""
+    """Read the records with MXNet and dump them."""
     indexed = recordio.MXIndexedRecordIO(str(folder / "train.idx"), str(folder / "train.rec"), "r")
     sequence = recordio.MXRecordIO(str(folder / "train.rec"), "r")
     by_key = {key: indexed.read_idx(key) for key in indexed.keys}
@@ -45,7 +45,7 @@ def read(folder):
 
 
 def describe(payload, key):
-    """One record, ready for JSON."""
+    """Return one record as JSON types."""
     header, image = recordio.unpack(payload)
     return {
         "key": key,

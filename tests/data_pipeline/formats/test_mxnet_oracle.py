@@ -1,4 +1,4 @@
-"""Our RecordIO and MXNet's: each reads what the other writes, and both write the same bytes."""
+"""Our RecordIO and MXNet's: each reads the files of the other, and both write the same bytes."""
 
 import io
 import json
@@ -19,7 +19,7 @@ MAGIC = recordio.MAGIC_BYTES
 
 
 def jpeg(seed, size=(48, 64)):
-    """A smooth colour picture, different in its three channels."""
+    """Return a smooth colour image whose three channels differ."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
@@ -27,7 +27,7 @@ def jpeg(seed, size=(48, 64)):
 
 
 def images():
-    """Payloads around everything at which the format can go wrong."""
+    """Yield payloads for the edge cases of the format: empty, unaligned, and with the frame magic."""
     yield from (b"", b"x", b"four", b"not a multiple of four", jpeg(0), jpeg(1))
     yield from (MAGIC, MAGIC * 2, MAGIC * 5, MAGIC[:3], MAGIC[1:] + MAGIC)
     yield from (MAGIC + b"tail", b"head" + MAGIC, b"head" + MAGIC + b"tail", b"head" + MAGIC * 3 + b"t")
@@ -41,7 +41,7 @@ def images():
 
 
 def labels_of(i):
-    """Scalars and arrays in turn: also the magic as a float label, and the largest whole float32."""
+    """Return scalars and arrays in turn, also the magic as a float label and the largest exact float32."""
     magic = np.frombuffer(MAGIC, "<f4").item()
     return (float(i), (float(i), 1.0), 0.1, (magic,), float(1 << 24), (magic, -1.5, magic, 3.0), magic)[i % 7]
 
@@ -61,7 +61,7 @@ def run(python, command, folder):
 
 @pytest.fixture(scope="module")
 def theirs(mxnet_python, tmp_path_factory):
-    """What MXNet writes, and reads back."""
+    """The folder that MXNet writes."""
     folder = tmp_path_factory.mktemp("theirs")
     described = [{"key": k, "labels": labels, "image": image.hex()} for k, labels, image in RECORDS]
     (folder / "records.json").write_text(json.dumps(described))
@@ -71,7 +71,7 @@ def theirs(mxnet_python, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(mxnet_python, tmp_path_factory):
-    """What we write, and MXNet's reading of it."""
+    """The folder that we write, with MXNet's reading of it."""
     folder = tmp_path_factory.mktemp("ours")
     with recordio.RecordWriter(folder / "train.rec") as writer:
         for key, labels, image in RECORDS:
@@ -80,7 +80,7 @@ def ours(mxnet_python, tmp_path_factory):
     return folder
 
 
-def test_we_read_what_mxnet_writes(theirs):
+def test_we_read_mxnet_s_files(theirs):
     key_N, offset_N = recordio.read_index(theirs / "train.idx")
     assert key_N.tolist() == [key for key, *_ in RECORDS]
     data = (theirs / "train.rec").read_bytes()
@@ -91,7 +91,7 @@ def test_we_read_what_mxnet_writes(theirs):
 
 
 @pytest.mark.parametrize("way", ["by_key", "in_sequence"])
-def test_mxnet_reads_what_we_write(ours, way):
+def test_mxnet_reads_our_files(ours, way):
     seen = json.loads((ours / "seen.json").read_text())[way]
     for record, (key, labels, image) in zip(seen, RECORDS, strict=True):
         assert record == {
@@ -134,7 +134,7 @@ def test_insightface_s_index_records_lead_mxnet_to_every_image(mxnet_python, tmp
     run(mxnet_python, "read", tmp_path)
     seen = json.loads((tmp_path / "seen.json").read_text())
     record_at = {record["key"]: record for record in seen["by_key"]}
-    # InsightFace's reader: key 0 says where the identities stand, each of them where its images stand.
+    # As InsightFace's reader: key 0 has the keys of the identities, and each identity the keys of its images.
     first, last = map(int, record_at[0]["labels"])
     assert (record_at[0]["flag"], last - first) == (2, 3)
     for identity, key in enumerate(range(first, last)):
@@ -145,7 +145,7 @@ def test_insightface_s_index_records_lead_mxnet_to_every_image(mxnet_python, tmp
     assert [record["id"] for record in seen["in_sequence"]] == [*range(1, 7), 0, *range(7, 10)]
 
 
-def test_mxnet_reads_what_is_converted_from_shards(mxnet_python, tmp_path):
+def test_mxnet_reads_records_converted_from_shards(mxnet_python, tmp_path):
     samples = [(image, 7 * i % 5) for i, image in enumerate([jpeg(20), *filter(None, images())])]
     samples += [(jpeg(21), 1 << 24), (jpeg(22), (1 << 24) + 1)]
     with ShardWriter(tmp_path / "shards", samples=50) as writer:
@@ -157,6 +157,6 @@ def test_mxnet_reads_what_is_converted_from_shards(mxnet_python, tmp_path):
     assert [(bytes.fromhex(record["image"]), record["key"], record["flag"]) for record in seen] == [
         (image, key, 0) for key, (image, _) in enumerate(samples)
     ]
-    # The last label is not exact in float32: it stands in the sidecar.
+    # The last label is not exact in float32, so it is in the sidecar.
     np.testing.assert_array_equal([record["labels"] for record in seen[:-1]], [[n] for _, n in samples[:-1]])
     assert np.isnan(seen[-1]["labels"]).all()

@@ -1,4 +1,4 @@
-"""The catalog: every layout that occurs is read, and what cannot be trained on is named before a step."""
+"""The catalog: every published layout is read, and an unusable dataset is refused before the first step."""
 
 import struct
 

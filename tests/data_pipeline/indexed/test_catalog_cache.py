@@ -1,4 +1,4 @@
-"""The catalog's cache: built once, by whoever comes first, whole or not at all; noticed when it is stale."""
+"""The catalog's cache: built once by the first process, complete or not at all, and rebuilt when stale."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from data_pipeline.indexed import catalog as catalog_module
 from data_pipeline.indexed.catalog import DatasetError, open_catalog
 
 ROOT = Path(__file__).parents[3]
-# Opens a catalog and says in a file that it built it; "slowly": it says so, and then never ends writing.
+# Opens a catalog and logs every build to a file; with "slowly" it creates a file and never finishes writing.
 OPEN = """
 import os, sys, time
 from pathlib import Path
@@ -55,7 +55,7 @@ def start(folder, log, manner="plain"):
 
 @pytest.fixture
 def builds(monkeypatch):
-    """Grows by one with every catalog that this process builds."""
+    """A list that grows by one with every catalog that this process builds."""
     made, build = [], catalog_module._build
     monkeypatch.setattr(catalog_module, "_build", lambda datasets: made.append(datasets) or build(datasets))
     return made
@@ -102,7 +102,7 @@ def test_a_changed_file_means_a_new_catalog(dataset, builds, file):
     assert len(entries(dataset / ".lgaf_catalog")) == 1
 
 
-def test_what_the_configuration_says_does_not(dataset, builds):
+def test_changed_classes_do_not(dataset, builds):
     open_catalog(dataset)
     (dataset / "property").write_text("3,48,48\nshuffled\n")
     assert open_catalog(dataset, num_classes=9).num_classes == 9
@@ -143,7 +143,7 @@ def test_catalogs_may_be_kept_elsewhere(dataset, builds, tmp_path):
 
 def test_the_user_s_cache_takes_what_the_dataset_s_folder_cannot(dataset, builds, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (dataset / ".lgaf_catalog").touch()  # no folder can be made of that name
+    (dataset / ".lgaf_catalog").touch()  # so that no folder of this name can be created
     assert labels(dataset) == labels(dataset) == LABELS
     assert len(builds) == 1
     (name,) = entries(tmp_path / "cache" / "lgaf")
@@ -158,7 +158,7 @@ def test_no_place_at_all(dataset, tmp_path):
 
 @pytest.mark.parametrize("file", ["label_N.npy", "damaged_D.npy", "facts.json"])
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99, 1.5, None])
-def test_a_damaged_cache_is_built_anew(dataset, builds, file, kept):
+def test_a_damaged_cache_is_rebuilt(dataset, builds, file, kept):
     open_catalog(dataset)
     place = dataset / ".lgaf_catalog"
     path = place / entries(place)[0] / file

@@ -284,7 +284,7 @@ def damaged(catalog):
         (4, b"\xff\xff\xff\x1f", "truncated: the frame at byte"),
         (7, b"\xe0", "part kind 7, expected 0 to 3"),
         (7, b"\x60", "part kind 3 out of order"),
-        (8, b"\xff\xff\xff\xff", "a header that promises 4294967295 labels"),
+        (8, b"\xff\xff\xff\xff", "the header announces 4294967295 labels"),
     ],
     ids=["magic", "short", "long", "no kind", "no start", "flag"],
 )

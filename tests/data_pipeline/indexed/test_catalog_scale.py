@@ -1,4 +1,4 @@
-"""Five million records: what building their catalog costs in memory, and that opening it costs little.
+"""A catalog of five million records: memory while it is built, and time to open it.
 
 Times are printed (pytest -s), not asserted.
 """

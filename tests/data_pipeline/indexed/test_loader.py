@@ -1,4 +1,4 @@
-"""Batches: the right pixels for the right sample, whoever asks, and errors that say which record it was."""
+"""Batches: the pixels and labels of each sample, the same on any number of ranks; errors name the record."""
 
 import io
 import itertools
@@ -19,6 +19,7 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.decode import Decoder
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.indexed.loader import Loader
+from data_pipeline.loader import LoaderContext
 from data_pipeline.quarantine import Quarantine
 
 SEED = 5
@@ -36,27 +37,18 @@ def loader(folder, share, *, first_step=0, changes=ALL_CHANGES, image_size=48, t
         threads=threads,
         prefetch_batches=prefetch_batches,
     )
-    catalog = open_catalog(folder)
-    return Loader(
-        config,
-        catalog,
-        share,
-        seed=SEED,
-        first_step=first_step,
-        ranks_on_node=1,
-        device_id=None,
-        quarantine=Quarantine(None, 0.0),
-    )
+    context = LoaderContext(share, SEED, first_step, cursor=None, ranks_on_node=1, device_id=None)
+    return Loader(config, open_catalog(folder), context, Quarantine(None, 0.0))
 
 
 def pixels_of(encoded):
-    """What the network should see of an image: [3, H, W] in [-1, 1], by Pillow."""
+    """Return the network's input for an image, decoded by Pillow: [3, H, W] in [-1, 1]."""
     image_HWC = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32)
     return torch.from_numpy(image_HWC.transpose(2, 0, 1) / 127.5 - 1)
 
 
 def samples(batches, steps):
-    """Sample position -> (pixels, label) of the first `steps` batches."""
+    """Return sample position -> (pixels, label) of the first `steps` batches."""
     return {
         int(sample): (image, int(label))
         for batch in itertools.islice(batches, steps)
@@ -145,12 +137,14 @@ def test_every_rank_knows_the_labels_of_the_whole_step(dataset):
     assert len(seen) == 8
 
 
-def test_a_loader_goes_on_where_it_was_left(dataset):
-    whole = samples(loader(dataset, RankSlice(0, 1, 4, 4)), 6)
+def test_a_loader_continues_where_it_stopped(dataset):
+    uninterrupted = samples(loader(dataset, RankSlice(0, 1, 4, 4)), 6)
     cut = loader(dataset, RankSlice(0, 1, 4, 4))
     first, second = samples(cut, 2), samples(cut, 4)
-    assert [*first, *second] == list(whole)
-    assert all(torch.equal(image, whole[sample][0]) for sample, (image, _) in (first | second).items())
+    assert [*first, *second] == list(uninterrupted)
+    assert all(
+        torch.equal(image, uninterrupted[sample][0]) for sample, (image, _) in (first | second).items()
+    )
 
 
 def test_images_are_resized_to_the_configured_size(dataset):
@@ -188,22 +182,14 @@ from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.config import DataConfig
 from data_pipeline.indexed.loader import Loader
 from data_pipeline.batch import RankSlice
+from data_pipeline.loader import LoaderContext
 from data_pipeline.quarantine import Quarantine
 
 folder = Path(sys.argv[1])
 changes = {name: {"probability": 0.5} for name in ("crop", "motion_blur", "low_resolution", "jpeg")}
 config = DataConfig(path=folder, prefetch_batches=4, threads=3, augment=changes)
-share = RankSlice(0, 1, 4, 4)
-batches = Loader(
-    config,
-    open_catalog(folder),
-    share,
-    seed=0,
-    first_step=0,
-    ranks_on_node=1,
-    device_id=None,
-    quarantine=Quarantine(None, 0.0),
-)
+context = LoaderContext(RankSlice(0, 1, 4, 4), 0, 0, cursor=None, ranks_on_node=1, device_id=None)
+batches = Loader(config, open_catalog(folder), context, Quarantine(None, 0.0))
 """
 ENDINGS = {
     "before the first batch": "sys.exit(7)",
@@ -221,7 +207,7 @@ def test_a_process_may_end_while_batches_are_being_decoded(dataset, ending):
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 
-def test_the_loader_may_be_left_and_opened_anew_many_times(dataset):
+def test_the_loader_may_be_abandoned_and_opened_again_many_times(dataset):
     threads = threading.active_count()
     for _ in range(10):
         batches = loader(dataset, RankSlice(0, 1, 4, 4), prefetch_batches=3)

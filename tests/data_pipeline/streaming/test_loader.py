@@ -1,25 +1,25 @@
-"""Micro-batches from streamed shards: whole, in order, resumable, with bad images replaced."""
+"""Micro-batches from streamed shards: complete, in order, resumable, with bad images replaced."""
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 import webdataset as wds
 
 from data_pipeline.batch import RankSlice
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.loader import LoaderContext
 from data_pipeline.quarantine import Quarantine, QuarantineError
 from data_pipeline.streaming.connection import RemoteError
 from data_pipeline.streaming.loader import RemoteLoader
-from data_pipeline.streaming.samples import first_cursor, shard_urls
+from data_pipeline.streaming.samples import shard_urls
 
 SHARDS, SAMPLES = 3, 10
 
 
 @pytest.fixture
 def shards(tmp_path, jpeg):
-    """A function that writes three shards of ten images; labels count through; `bad`: label -> content."""
+    """A function that writes three shards of ten images, labelled 0 to 29; `bad`: label -> content."""
 
     def write(bad=()):
         for shard in range(SHARDS):
@@ -40,22 +40,14 @@ def load(
     config = DataConfig(
         shards=urls, num_classes=classes, image_size=48, threads=1, shards_window=4, augment=changes
     )
-    return RemoteLoader(
-        config,
-        urls,
-        classes,
-        share,
-        seed=1,
-        cursor_W2=first_cursor(share.world_size) if cursor is None else cursor,
-        ranks_on_node=1,
-        device_id=None,
-        quarantine=Quarantine(None, 0.0) if quarantine is None else quarantine,
-        gather_labels=gather,
-    )
+    context = LoaderContext(share, 1, first_step=0, cursor=cursor, ranks_on_node=1, device_id=None)
+    if quarantine is None:
+        quarantine = Quarantine(None, 0.0)
+    return RemoteLoader(config, urls, classes, context, quarantine, gather)
 
 
 def taken(loader, batches):
-    """Sample -> (pixels, label) of so many batches; closes the loader."""
+    """Return sample -> (pixels, label) of so many batches, and close the loader."""
     found = {
         int(sample): (image, int(label))
         for batch in itertools.islice(loader, batches)
@@ -81,16 +73,16 @@ def test_an_epoch_over_all_ranks_has_every_sample_once(shards):
 
 
 @pytest.mark.parametrize("done", [1, 4, 7])
-def test_a_run_goes_on_with_exactly_what_follows(shards, done):
+def test_a_run_resumes_at_exactly_the_next_sample(shards, done):
     urls, share = shards(), RankSlice(0, 1, 4, 4)
-    whole = taken(load(urls, share), 12)
+    uninterrupted = taken(load(urls, share), 12)
     first = load(urls, share)
     before = list(itertools.islice(first, done))
-    cursor = np.array([first.cursor])
+    cursor = [list(first.cursor)]
     first.close()
     rest = taken(load(urls, share, cursor=cursor), 12 - done)
     assert len(before) == done
-    assert_same(rest, dict(list(whole.items())[4 * done :]))
+    assert_same(rest, dict(list(uninterrupted.items())[4 * done :]))
 
 
 def test_labels_of_a_step_are_known_before_it_and_gathered(shards):
@@ -104,7 +96,7 @@ def test_labels_of_a_step_are_known_before_it_and_gathered(shards):
         loader.close()
 
 
-def test_a_bad_image_gives_way_to_the_next_of_its_micro_batch(shards):
+def test_a_bad_image_is_replaced_by_the_next_of_its_micro_batch(shards):
     share = RankSlice(0, 1, 5, 5)
     expected = [label for _, label in taken(load(shards(), share), 6).values()]
     bad = {expected[1]: b"no image", expected[2]: b"\xff\xd8 none", expected[9]: b"none"}

@@ -1,4 +1,4 @@
-"""Streamed shards: every sample of the files in the computed order, whatever the network does; no hang."""
+"""Streamed shards: all samples arrive in the computed order despite network failures, and nothing hangs."""
 
 import contextlib
 import gc
@@ -32,7 +32,7 @@ HASTY = Patience(attempts=4, timeout_s=5, backoff_s=0.001)
 
 
 def samples_in(shard):
-    """(key, image, label) of a shard; the shards differ in length, the first is a multiple of the window."""
+    """Yield (key, image, label) of a shard; lengths differ, the first is a multiple of the window."""
     rng = np.random.default_rng(shard)
     for i in range(2 * WINDOW + 3 * shard):
         yield f"{shard:02d}/{i:04d}", rng.bytes(int(rng.integers(1, 9000))), 100 * shard + i
@@ -49,14 +49,14 @@ def folder(tmp_path_factory):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` says of each request in turn what goes wrong, None for nothing."""
+    """Server of a folder; `faults` has one fault for each request in turn, None for no fault."""
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, folder, *, ranges=True, says_length=True):
+    def __init__(self, folder, *, ranges=True, sends_length=True):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.ranges, self.says_length = folder, ranges, says_length
+        self.folder, self.ranges, self.sends_length = folder, ranges, sends_length
         self.faults, self.requests, self.released = iter(()), [], threading.Event()
 
     def url(self, name):
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        if self.server.says_length:
+        if self.server.sends_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: fault if isinstance(fault, int) else 3000 if fault == "stall" else None])
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(folder):
-    """Starts servers of the shards."""
+    """Start servers of the shards."""
     with contextlib.ExitStack() as stack:
 
         def start(path=folder, **options):
@@ -136,7 +136,7 @@ def in_one_epoch():
 
 
 def expected(positions, seed=7):
-    """What one rank should read at the given positions, by the files' contents."""
+    """Yield the contents that one rank must read at the given positions, from the files."""
     for position in positions:
         shard = list(samples_in(remote.shard_of(seed, position, SHARDS)))
         number = 0
@@ -168,7 +168,7 @@ CURSORS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**4)), min_
 
 
 @given(rows=CURSORS, world_size=st.integers(1, 9))
-def test_resuming_is_exact_on_as_many_ranks_and_leaves_nothing_out_on_others(rows, world_size):
+def test_resuming_is_exact_on_as_many_ranks_and_omits_nothing_on_others(rows, world_size):
     cursor_W2 = remote.resume(np.array(rows), world_size)
     assert (cursor_W2.dtype, cursor_W2.shape) == (np.int64, (world_size, 2))
     if len(rows) == world_size:
@@ -192,7 +192,7 @@ def test_windows_shards_and_seeds_are_mixed_in_other_ways():
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 3), int), np.zeros((0, 2), int), np.zeros((1, 2)), [[-1, 0]]])
-def test_what_is_no_cursor_is_refused(wrong):
+def test_an_invalid_cursor_is_refused(wrong):
     with pytest.raises(ValueError, match="expected a cursor"):
         remote.resume(wrong, 2)
 
@@ -212,7 +212,7 @@ def test_patterns_are_expanded_and_sorted():
     ("patterns", "message"),
     [
         ([], "at least one shard"),
-        (["a-{0..3}.tar", "a-2.tar"], r"1 named again, first a-2\.tar"),
+        (["a-{0..3}.tar", "a-2.tar"], r"1 repeated, first a-2\.tar"),
         (["htp://host/a.tar"], "found htp://"),
     ],
 )
@@ -241,20 +241,20 @@ def test_all_ranks_together_read_every_sample_once_per_epoch(folder):
     urls = paths(folder)
     labels = []
     for rank in range(2):
-        # With an even number of shards both ranks begin an epoch together.
+        # With an even number of shards both ranks start an epoch together.
         samples = read(urls, in_one_epoch(), rank=rank, world_size=2)
         labels += [sample.label for sample in samples if sample.shard < SHARDS]
     assert sorted(labels) == sorted(label for shard in range(SHARDS) for *_, label in samples_in(shard))
 
 
-def test_every_sample_says_where_to_go_on_after_it(folder):
+def test_a_run_resumes_after_any_sample(folder):
     urls = paths(folder)
-    whole = contents(read(urls, 90, rank=1, world_size=2))
+    uninterrupted = contents(read(urls, 90, rank=1, world_size=2))
     samples = read(urls, 60, rank=1, world_size=2)
     for trained in (1, 7, 8, 9, *(i + 1 for i in range(60) if samples[i].after[1] == 0), 60):
         cursor_W2 = np.array([[0, 0], samples[trained - 1].after])
         followed = read(urls, 20, rank=1, world_size=2, cursor=cursor_W2)
-        assert contents(followed) == whole[trained : trained + 20]
+        assert contents(followed) == uninterrupted[trained : trained + 20]
 
 
 def test_the_name_leads_to_the_sample(folder):
@@ -268,7 +268,7 @@ def test_a_cursor_beyond_the_shard_is_refused(folder):
         read([f"{folder}/s-0.tar"], 1, cursor=np.array([[0, 16]]))
 
 
-def test_labels_may_stand_in_json(tmp_path):
+def test_labels_may_be_in_json(tmp_path):
     with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "about", "json": {"made": "today"}})
         writer.write({"__key__": "a", "png": b"x", "json": {"label": 3}})
@@ -290,7 +290,7 @@ def test_labels_may_stand_in_json(tmp_path):
         ({"jpg": b"x", "json": b"[" * 100_000}, "whole number"),
     ],
 )
-def test_a_sample_that_is_not_whole_is_named(tmp_path, members, message):
+def test_an_incomplete_sample_is_named(tmp_path, members, message):
     path = tmp_path / "a.tar"
     with wds.TarWriter(str(path), encoder=False) as writer:
         writer.write({"__key__": "00/7", **members})
@@ -302,7 +302,7 @@ def test_a_sample_that_is_not_whole_is_named(tmp_path, members, message):
 # The network
 
 
-def test_http_gives_what_the_files_hold(folder, serve):
+def test_http_gives_the_contents_of_the_files(folder, serve):
     url = serve().url("s-{0..3}.tar")
     wanted = contents(read(paths(folder), 100))
     assert contents(read(remote.shard_urls([url]), 100)) == wanted
@@ -310,7 +310,7 @@ def test_http_gives_what_the_files_hold(folder, serve):
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_broken_connection_goes_on_where_it_stopped(folder, serve, ranges, seed):
+def test_a_broken_connection_resumes_where_it_stopped(folder, serve, ranges, seed):
     rng = np.random.default_rng(seed)
     server = serve(ranges=ranges)
     size = (folder / "s-3.tar").stat().st_size
@@ -348,18 +348,18 @@ def test_patience_ends_with_a_message_that_names_all(serve):
 
 @pytest.fixture
 def silent():
-    """A server that takes connections and says nothing."""
+    """A server that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_endless_silence_is_told(silent):
+def test_endless_silence_is_an_error(silent):
     hasty = Patience(attempts=2, timeout_s=0.2, backoff_s=0.001)
     with pytest.raises(RemoteError, match=r"found none beyond byte 0 in 2 attempts.*no data for 0\.2 s"):
         read([silent + "/s-0.tar"], 16, patience=hasty)
 
 
-def test_what_is_not_there_fails_at_once(folder, serve):
+def test_a_missing_shard_fails_at_once(folder, serve):
     server = serve()
     with pytest.raises(RemoteError, match="HTTP status 404"):
         read([server.url("s-9.tar")], 1)
@@ -380,10 +380,10 @@ def test_a_truncated_shard_is_an_error(folder, serve, tmp_path, place):
         "empty": 0,
     }[place]
     (tmp_path / "cut.tar").write_bytes(content[:end])
-    # A server that says no length is what makes a cut invisible to the connection.
-    server = serve(tmp_path, says_length=False)
+    # Without a Content-Length the connection does not detect a truncation.
+    server = serve(tmp_path, sends_length=False)
     for url in (str(tmp_path / "cut.tar"), server.url("cut.tar"), f"pipe:cat {tmp_path}/cut.tar"):
-        with pytest.raises(RemoteError, match=r"cut short|damage") as caught:
+        with pytest.raises(RemoteError, match=r"truncated|damage") as caught:
             read([url], 16)
         assert str(caught.value).startswith(url)
 
@@ -425,7 +425,7 @@ def test_a_command_is_read_like_a_file(folder):
     assert contents(read(urls, 100)) == contents(read(paths(folder), 100))
 
 
-def test_a_command_that_fails_is_an_error_with_what_it_said(folder):
+def test_a_command_that_fails_is_an_error_with_its_output(folder):
     url = f"pipe:cat {folder}/s-0.tar; echo no more >&2; exit 3"
     with pytest.raises(
         RemoteError, match=r"in 4 attempts.*status 3 of the command, with the output: no more"
@@ -433,9 +433,9 @@ def test_a_command_that_fails_is_an_error_with_what_it_said(folder):
         read([url], 16)
 
 
-def test_a_command_is_started_anew_and_what_had_come_is_skipped(folder, tmp_path):
+def test_a_command_is_restarted_and_received_bytes_are_skipped(folder, tmp_path):
     state, file = tmp_path / "runs", folder / "s-3.tar"
-    # Each run gives 30 kB more than the one before and then fails, until the file is through.
+    # Each run returns 30 kB more than the previous one and then fails, until the file is complete.
     script = (
         f"echo >>{state}; n=$(wc -l <{state}); head -c $((n * 30000)) {file}; "
         f"test $((n * 30000)) -ge {file.stat().st_size}"
@@ -443,13 +443,13 @@ def test_a_command_is_started_anew_and_what_had_come_is_skipped(folder, tmp_path
     assert contents(read([f"pipe:{script}"], 25)) == contents(read([str(file)], 25))
 
 
-def test_a_command_that_gives_less_when_it_is_started_anew_is_an_error(folder, tmp_path):
+def test_a_command_that_returns_less_after_a_restart_is_an_error(folder, tmp_path):
     script = f"test -e {tmp_path}/ran && exit 0; touch {tmp_path}/ran; head -c 9000 {folder}/s-0.tar; exit 1"
     with pytest.raises(RemoteError, match="ended at byte 0, after an earlier connection had sent 9000"):
         read([f"pipe:{script}"], 16)
 
 
-def test_any_filesystem_of_fsspec_will_do(folder, monkeypatch):
+def test_any_filesystem_of_fsspec_is_read(folder, monkeypatch):
     monkeypatch.setattr(remote_bytes, "_RANGE_BYTES", 10_000)
     for shard in range(SHARDS):
         fsspec.filesystem("memory").pipe(f"/bucket/s-{shard}.tar", (folder / f"s-{shard}.tar").read_bytes())
@@ -458,7 +458,7 @@ def test_any_filesystem_of_fsspec_will_do(folder, monkeypatch):
 
 
 class Shaky(AsyncFileSystem):
-    """A filesystem with coroutines, as s3fs is, of which every third call fails."""
+    """An asynchronous filesystem like s3fs, of which every third call fails."""
 
     protocol = "shaky"
     calls = 0
@@ -497,7 +497,7 @@ def is_running(mark):
 
 
 def until(is_true, limit_s=10):
-    """Wait for what another thread or process will do soon."""
+    """Wait for an effect of another thread or process; return True if it occurs in time."""
     end = time.monotonic() + limit_s
     while not is_true() and time.monotonic() < end:
         time.sleep(0.01)
@@ -506,7 +506,7 @@ def until(is_true, limit_s=10):
 
 @pytest.fixture
 def stuck(folder, silent):
-    """URLs of shards at which a reader is stuck: in a full queue, a command, a server, a pause."""
+    """URLs of shards that block a reader: in a full queue, a command, a server, a pause."""
     return {
         "queue": f"{folder}/s-3.tar",
         "command": f"pipe:head -c 3000 {folder}/s-3.tar; sleep 987",
@@ -537,7 +537,7 @@ def test_the_thread_ends_wherever_it_waits(stuck, where, end):
     assert not is_running("sleep 987")
 
 
-def test_a_consumer_that_waits_in_another_thread_is_let_go(stuck):
+def test_a_consumer_that_waits_in_another_thread_is_released(stuck):
     samples = RemoteSamples([stuck["server"]], seed=0, rank=0, world_size=1, window=4, patience=SLOW)
     taken = []
     consumer = threading.Thread(target=lambda: taken.extend(samples))
@@ -568,12 +568,12 @@ def test_the_interpreter_ends_while_readers_wait(stuck):
     assert not is_running("sleep 986")
 
 
-def test_an_error_comes_after_all_samples_before_it_and_again_when_asked_again(folder):
+def test_an_error_comes_after_all_samples_before_it_and_is_raised_again(folder):
     urls = [f"pipe:head -c 80000 {folder}/s-3.tar"]
     with RemoteSamples(urls, seed=7, rank=0, world_size=1, window=4, patience=HASTY) as samples:
         seen = []
         with pytest.raises(RemoteError):
-            # Taken over one by one: what came before the error stays.
+            # `+=` appends one by one, so the samples before the error are kept.
             seen += samples
         assert contents(seen) == contents(read([f"{folder}/s-3.tar"], len(seen), window=4))
         assert seen

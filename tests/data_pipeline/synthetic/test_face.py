@@ -1,13 +1,13 @@
-"""The painter: everything a person is and everything a circumstance does can be seen in the picture."""
+"""Rendering: every property of an identity and every nuisance changes the image."""
 
 import numpy as np
 import pytest
 
 from data_pipeline.synthetic.face import OCCLUSIONS, Face, Nuisances, ranges
-from data_pipeline.synthetic.render import paint
+from data_pipeline.synthetic.render import render_face
 
 SIZE = 112
-# A person with everything that one may have or not, in the middle of all ranges.
+# An identity with all optional properties, in the middle of all ranges.
 PERSON = Face(**{name: (low + high) / 2 for name, (low, high) in ranges(Face).items()})._replace(
     hair_volume=0.15,
     moustache=0.5,
@@ -20,7 +20,7 @@ PERSON = Face(**{name: (low + high) / 2 for name, (low, high) in ranges(Face).it
 PORTRAIT = Nuisances(
     **{name: neutral for name, (neutral, _, _) in ranges(Nuisances).items()}, occlusion="none", scene=3
 )
-# What only shows together with something else.
+# Values that are visible only together with others.
 NEEDS = {
     "mole_x": {"mole_size": 0.05},
     "mole_y": {"mole_size": 0.05},
@@ -36,7 +36,7 @@ ALTERED_BY_THE_ENCODER = {"jpeg_quality"}
 
 
 def pixels(face=PERSON, nuisances=PORTRAIT, size=SIZE):
-    return np.asarray(paint(face, nuisances, size), int)
+    return np.asarray(render_face(face, nuisances, size), int)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def test_every_property_of_a_person_shows(name):
 
 
 @pytest.mark.parametrize("name", sorted(ranges(Nuisances).keys() - ALTERED_BY_THE_ENCODER))
-def test_every_circumstance_shows(name):
+def test_every_nuisance_shows(name):
     _, low, high = ranges(Nuisances)[name]
     base = PORTRAIT._replace(**NEEDS.get(name, {}))
-    # Not the other end, which is the same angle.
+    # Not `high`: for an angle it is the same as `low`.
     values = (low, low + 0.6 * (high - low))
     one, other = (pixels(nuisances=base._replace(**{name: value})) for value in values)
     assert np.abs(one - other).mean() > 0.05
@@ -75,7 +75,7 @@ def test_another_scene_changes_the_background_and_not_the_face(portrait):
     assert changed[45:85, 40:72].mean() < 0.01
 
 
-def test_the_same_numbers_give_the_same_picture_and_leave_no_trace(portrait):
+def test_rendering_is_a_pure_function(portrait):
     pixels(PERSON._replace(skin_shade=0.0, glasses=-1.0), PORTRAIT._replace(scene=9, yaw_deg=10.0))
     assert np.array_equal(pixels(), portrait)
 
@@ -83,6 +83,6 @@ def test_the_same_numbers_give_the_same_picture_and_leave_no_trace(portrait):
 def test_a_face_keeps_its_proportions_at_any_size(portrait):
     large = pixels(size=224)
     assert large.shape == (224, 224, 3)
-    # Four pixels of the large one are one of the small one, but for edges and rounding.
+    # Four pixels of the large image are one of the small image, except for edges and rounding.
     shrunk = large.reshape(112, 2, 112, 2, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - portrait).mean() < 3

@@ -1,4 +1,4 @@
-"""Synthetic sets: pure functions of (seed, identity, number), written whole or not at all."""
+"""Synthetic sets: pure functions of (seed, identity, number), written completely or not at all."""
 
 import io
 import subprocess
@@ -15,12 +15,12 @@ from data_pipeline.formats import recordio
 from data_pipeline.formats.pair_file import read_pairs
 from data_pipeline.indexed.catalog import open_catalog, read_property
 from data_pipeline.synthetic.dataset import (
-    PAINTER,
     PAIRS_FILE,
     PAIRS_NUISANCES,
+    RENDERER_VERSION,
     TRAIN_NUISANCES,
-    painted,
     read_nuisances,
+    rendered_images,
     write_set,
 )
 from data_pipeline.synthetic.face import OCCLUSIONS, Face, Nuisances, ranges
@@ -30,10 +30,10 @@ from data_pipeline.synthetic.identities import (
     faces_of,
     nuisances_of,
     pairs_of,
-    pictures,
+    render_images,
 )
 
-# More pictures than one message of a painter holds, and identities that messages cut.
+# More images than a process renders per message, and identities that messages split.
 SMALL = SynthConfig(
     seed=7, identities=5, images_per_identity=9, held_out_identities=3, pairs=10, image_size=48, processes=2
 )
@@ -50,9 +50,9 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_is_drawn_is_what_it_was():
-    """A change here, or of the painter, needs a new number of the painter."""
-    assert PAINTER == 1
+def test_the_draws_have_not_changed():
+    """A change of these numbers, or of the rendering, requires a new RENDERER_VERSION."""
+    assert RENDERER_VERSION == 1
     assert faces_of(7, np.array([3]))[0][:3] == pytest.approx((0.242444, 0.999947, 0.119909), rel=1e-4)
     nuisances = nuisances_of(7, np.array([3]), np.array([11]), 1.0)[0]
     assert nuisances[:3] == pytest.approx((18.8188, -1.25478, 4.13804), rel=1e-4)
@@ -60,26 +60,26 @@ def test_what_is_drawn_is_what_it_was():
     assert (pairs_of(SMALL).identity_2P - HELD_OUT).tolist()[:8] == [0, 0, 2, 1, 0, 0, 2, 0]
 
 
-def test_a_picture_does_not_depend_on_what_else_is_asked_for():
+def test_an_image_does_not_depend_on_the_other_requested_images():
     identity_N, number_N = np.array([4, 0, HELD_OUT + 2, 4]), np.array([8, 1, 3, 7])
-    together = pictures(SMALL, identity_N, number_N)
+    together = render_images(SMALL, identity_N, number_N)
     for i in range(4):
-        assert pictures(SMALL, identity_N[i : i + 1], number_N[i : i + 1]) == together[i : i + 1]
+        assert render_images(SMALL, identity_N[i : i + 1], number_N[i : i + 1]) == together[i : i + 1]
     larger = SMALL.model_copy(update={"identities": 900, "pairs": 77, "held_out_identities": 8})
-    assert pictures(larger, identity_N, number_N) == together
-    other = pictures(SMALL.model_copy(update={"seed": 8}), identity_N, number_N)
+    assert render_images(larger, identity_N, number_N) == together
+    other = render_images(SMALL.model_copy(update={"seed": 8}), identity_N, number_N)
     assert all(a.jpeg != b.jpeg for a, b in zip(together, other, strict=True))
-    assert len({picture.jpeg for picture in together}) == 4
+    assert len({image.jpeg for image in together}) == 4
 
 
-def test_a_fixed_jpeg_quality_is_that_of_every_picture():
+def test_a_fixed_jpeg_quality_is_that_of_every_image():
     config = SMALL.model_copy(update={"jpeg_quality": 95})
-    for picture in pictures(config, np.arange(6), np.arange(6)):
+    for image in render_images(config, np.arange(6), np.arange(6)):
         again = io.BytesIO()
         Image.new("RGB", (8, 8)).save(again, "JPEG", quality=95)
-        tables = [Image.open(io.BytesIO(jpeg)).quantization for jpeg in (picture.jpeg, again.getvalue())]
+        tables = [Image.open(io.BytesIO(jpeg)).quantization for jpeg in (image.jpeg, again.getvalue())]
         assert tables[0] == tables[1]
-        assert picture.nuisances.jpeg_quality == 95
+        assert image.nuisances.jpeg_quality == 95
 
 
 def test_people_fill_the_ranges_evenly():
@@ -107,7 +107,7 @@ def test_difficulty_leads_from_a_portrait_to_the_full_ranges():
     assert len({n.scene for n in drawn}) == 2000
 
 
-def test_half_of_the_pairs_show_one_person_and_no_picture_comes_twice():
+def test_half_of_the_pairs_are_genuine_and_no_image_occurs_twice():
     config = SMALL.model_copy(update={"pairs": 3000, "held_out_identities": 7})
     pairs = pairs_of(config)
     left_P, right_P = pairs.identity_2P[::2], pairs.identity_2P[1::2]
@@ -133,7 +133,7 @@ def test_the_folder_is_an_insightface_dataset(folder):
         assert (image.format, image.size, image.mode) == ("JPEG", (48, 48), "RGB")
 
 
-def test_labels_of_both_kinds_and_the_index_records_stand_in_one_file(folder):
+def test_labels_of_both_kinds_and_the_index_records_are_in_one_file(folder):
     data = (folder / "train.rec").read_bytes()
     key_N, offset_N = recordio.read_index(folder / "train.idx")
     records = {
@@ -147,27 +147,27 @@ def test_labels_of_both_kinds_and_the_index_records_stand_in_one_file(folder):
     assert all(label[1:] in ((), (1.0,)) for label in labels)
 
 
-def test_every_record_is_the_picture_that_its_row_says(folder):
+def test_every_record_is_the_image_of_its_row(folder):
     catalog, rows = open_catalog(folder), read_nuisances(folder / TRAIN_NUISANCES)
     assert rows["key"].tolist() == catalog.key_N.tolist()
     assert rows["identity"].tolist() == catalog.label_N.tolist()
     for record in (0, 8, 9, 31, 32, 44):
         row = rows[record]
-        picture = pictures(SMALL, np.array([row["identity"]]), np.array([row["number"]]))[0]
-        assert picture.jpeg == catalog.image(record).tobytes()
-        assert_is_the_row(picture.nuisances, row)
+        image = render_images(SMALL, np.array([row["identity"]]), np.array([row["number"]]))[0]
+        assert image.jpeg == catalog.image(record).tobytes()
+        assert_is_the_row(image.nuisances, row)
 
 
-def test_every_image_of_the_pairs_is_the_picture_that_its_row_says(folder):
+def test_every_image_of_the_pairs_is_that_of_its_row(folder):
     pairs, rows = read_pairs(folder / PAIRS_FILE), read_nuisances(folder / PAIRS_NUISANCES)
     assert pairs.issame_P.tolist() == [True, False] * 5
     assert rows["key"].tolist() == list(range(20))
     assert np.array_equal(rows["identity"][::2] == rows["identity"][1::2], pairs.issame_P)
     assert rows["identity"].min() >= HELD_OUT
-    painted_again = pictures(SMALL, rows["identity"], rows["number"])
-    assert [picture.jpeg for picture in painted_again] == pairs.images
-    for picture, row in zip(painted_again, rows, strict=True):
-        assert_is_the_row(picture.nuisances, row)
+    again = render_images(SMALL, rows["identity"], rows["number"])
+    assert [image.jpeg for image in again] == pairs.images
+    for image, row in zip(again, rows, strict=True):
+        assert_is_the_row(image.nuisances, row)
 
 
 def assert_is_the_row(nuisances, row):
@@ -223,7 +223,7 @@ def test_a_damaged_set_is_noticed(folder, tmp_path):
         write_set(tmp_path, SMALL)
 
 
-def test_what_is_interrupted_leaves_nothing(tmp_path):
+def test_an_interrupted_set_leaves_nothing(tmp_path):
     def interrupt(done, total):
         if done > 40:
             raise KeyboardInterrupt
@@ -247,18 +247,18 @@ write_set(Path(sys.argv[1]), config, lambda done, total: print(done, flush=True)
 """
 
 
-def test_painters_end_with_a_killed_parent_and_no_final_name_appears(tmp_path):
+def test_rendering_processes_end_with_a_killed_parent_and_no_final_name_appears(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, tmp_path / "set"], stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout.readline() == "32\n"
-        painters = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        assert len(painters) == 2
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(children) == 2
         parent.kill()
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}/exe").exists() for pid in painters) and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in children) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in painters)
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
     assert [path.name for path in tmp_path.iterdir()] == [".set.part"]
 
 
@@ -271,18 +271,18 @@ def test_two_at_once_do_not_mix(tmp_path):
     assert (tmp_path / ".set.part").is_dir()
 
 
-def test_progress_counts_every_picture(tmp_path):
+def test_progress_counts_every_image(tmp_path):
     seen = []
     write_set(tmp_path / "set", SMALL, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (65, 65)
     assert seen == sorted(seen)
 
 
-def test_pictures_are_painted_as_they_are_taken():
+def test_images_are_rendered_on_demand():
     huge = SMALL.model_copy(update={"identities": 100_000, "images_per_identity": 150})
-    pictures_of_all = painted(huge, lambda done, total: None)
-    first = list(islice(pictures_of_all, 40))
-    pictures_of_all.close()
+    images = rendered_images(huge, lambda done, total: None)
+    first = list(islice(images, 40))
+    images.close()
     assert [(p.identity, p.number) for p in first] == [(0, number) for number in range(40)]
 
 
@@ -292,12 +292,12 @@ def test_a_set_beyond_float32_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_pixels_do_not_tell_who_it_is():
-    """Grey thumbnails as embeddings, with the best threshold there is, stay under 70 %."""
+def test_pixels_do_not_identify():
+    """Grey thumbnails as embeddings reach less than 70 % accuracy even with the best threshold."""
     config = SynthConfig(pairs=200, held_out_identities=60)
     pairs = pairs_of(config)
-    images = pictures(config, pairs.identity_2P, pairs.number_2P)
-    grey_ND = np.array([thumbnail(picture.jpeg) for picture in images])
+    images = render_images(config, pairs.identity_2P, pairs.number_2P)
+    grey_ND = np.array([thumbnail(image.jpeg) for image in images])
     grey_ND -= grey_ND.mean(axis=1, keepdims=True)
     grey_ND /= np.linalg.norm(grey_ND, axis=1, keepdims=True)
     cosine_P = (grey_ND[::2] * grey_ND[1::2]).sum(axis=1)

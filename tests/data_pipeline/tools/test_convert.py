@@ -1,4 +1,4 @@
-"""Conversion between RecordIO and tar shards: the images stay as they are, also after a kill."""
+"""Conversion between RecordIO and tar shards: image bytes do not change, also after a kill."""
 
 import signal
 import subprocess
@@ -35,7 +35,7 @@ def files_in(folder):
 
 
 def killed_after(count, source, out):
-    """A conversion in a process of its own that kills itself when `count` images are done."""
+    """Run a conversion in its own process, which kills itself after `count` images."""
     script = (
         "import os, pathlib, sys; from data_pipeline.tools.convert import convert\n"
         "def progress(done, total):\n"
@@ -48,7 +48,7 @@ def killed_after(count, source, out):
 
 @pytest.fixture
 def records(tmp_path, write_records, jpeg):
-    """Scalar and array labels, index records, classes in no order, images that hold the frame's magic."""
+    """Records with scalar and array labels, index records, unordered classes, images with the frame magic."""
     images = [jpeg(i) for i in range(8)] + [MAGIC_BYTES * 2 + b"x", b"head" + MAGIC_BYTES]
     rows = [(0, (11, 13), b"")]
     rows += [(i, float(i * 7 % 4) if i % 2 else (float(i * 7 % 4), 1.0), x) for i, x in enumerate(images, 1)]
@@ -75,8 +75,8 @@ def test_the_same_records_give_the_same_bytes(records, tmp_path):
 
 
 @pytest.mark.parametrize(("count", "there"), [(1, 0), (3, 0), (4, 3), (9, 6), (10, 9)])
-def test_killed_on_its_way_to_shards_it_goes_on_after_the_last_whole_one(records, tmp_path, count, there):
-    convert(records, tmp_path / "whole", shard_samples=3)
+def test_a_killed_conversion_to_shards_resumes_after_the_last_complete_one(records, tmp_path, count, there):
+    convert(records, tmp_path / "uninterrupted", shard_samples=3)
     out = tmp_path / "shards"
     killed_after(count, records, out)
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
@@ -85,21 +85,21 @@ def test_killed_on_its_way_to_shards_it_goes_on_after_the_last_whole_one(records
         convert(out, tmp_path / "too early")
     assert convert(records, out, shard_samples=3) == (10, there)
     assert {path: path.stat().st_ino for path in finished} == finished
-    assert files_in(out) == files_in(tmp_path / "whole")
+    assert files_in(out) == files_in(tmp_path / "uninterrupted")
     assert convert(records, out, shard_samples=3) == (10, 10)
 
 
-def test_killed_on_its_way_to_records_it_begins_anew(records, tmp_path):
+def test_a_killed_conversion_to_records_restarts(records, tmp_path):
     convert(records, tmp_path / "shards")
-    convert(tmp_path / "shards", tmp_path / "whole")
+    convert(tmp_path / "shards", tmp_path / "uninterrupted")
     killed_after(7, tmp_path / "shards", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     convert(tmp_path / "shards", tmp_path / "back")
-    assert files_in(tmp_path / "back") == files_in(tmp_path / "whole")
+    assert files_in(tmp_path / "back") == files_in(tmp_path / "uninterrupted")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_is_not_the_beginning_of_this_conversion_stays_as_it_is(records, dataset, tmp_path):
+def test_a_folder_with_other_content_is_refused_and_stays_unchanged(records, dataset, tmp_path):
     out = tmp_path / "shards"
     convert(dataset, out, shard_samples=4)
     before = files_in(out)
@@ -125,7 +125,7 @@ def test_what_is_not_the_beginning_of_this_conversion_stays_as_it_is(records, da
         convert(out, tmp_path / "full")
 
 
-def test_a_shard_with_the_same_labels_but_other_images_is_another_s(dataset, tmp_path):
+def test_a_shard_with_the_same_labels_but_other_images_is_refused(dataset, tmp_path):
     with ShardWriter(tmp_path / "shards", samples=4) as writer:
         for i in range(4):
             writer.add(b"other image" if i == 3 else open_catalog(dataset).image(i).tobytes(), 0)
@@ -157,10 +157,10 @@ def test_a_folder_without_a_dataset_is_named(tmp_path, records):
 LIMITED = """
 import pathlib, resource, sys
 from data_pipeline.tools.convert import convert
-from data_pipeline.tools.pack import pack_folder, pack_list
+from data_pipeline.tools.pack import PackOptions, pack_folder, pack_list
 command, limit, *paths = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-pack_tar = lambda source, out: pack_folder(source, out, form="tar")
+pack_tar = lambda source, out: pack_folder(source, out, PackOptions(form="tar"))
 call = {"pack": pack_folder, "pack tar": pack_tar, "pack list": pack_list}.get(command, convert)
 call(*map(pathlib.Path, paths))
 """
@@ -170,7 +170,7 @@ call(*map(pathlib.Path, paths))
 @pytest.mark.parametrize("command", ["to shards", "to records", "pack", "pack tar", "pack list"])
 def test_a_full_disk_is_named_and_leaves_nothing_unfinished(dataset, tmp_path, jpeg, command, limit):
     convert(dataset, tmp_path / "shards")
-    open_catalog(tmp_path / "shards")  # kept there, and not to be written on the full disk
+    open_catalog(tmp_path / "shards")  # builds the catalog before the disk is full
     for i in range(30):
         (tmp_path / "people" / str(i)).mkdir(parents=True)
         (tmp_path / "people" / str(i) / "1.jpg").write_bytes(jpeg(i))

@@ -1,4 +1,4 @@
-"""Folders of images become datasets: classes, pixels, and what is kept as it was."""
+"""Packing of images into datasets: classes, pixels, and files that are stored unchanged."""
 
 import io
 
@@ -11,12 +11,12 @@ from data_pipeline.formats.int64_labels import read_labels
 from data_pipeline.formats.pair_file import read_pairs
 from data_pipeline.formats.tar_index import index_shard
 from data_pipeline.indexed.catalog import open_catalog
-from data_pipeline.tools.pack import PackSummary, pack_folder, pack_list
+from data_pipeline.tools.pack import PackOptions, PackSummary, pack_folder, pack_list
 
 
 @pytest.fixture
 def people(tmp_path):
-    """Three people with pictures of several formats and sizes, in natural order a, s2, s10."""
+    """A folder of three identities, in natural order a, s2, s10, with images of several formats and sizes."""
     folder = tmp_path / "people"
     for name, files in {
         "s10": {"1.pgm": ("L", (92, 112), 40)},
@@ -37,7 +37,7 @@ def decoded(catalog, record):
 
 
 def test_sub_folders_in_natural_order_are_the_classes(people, tmp_path):
-    done = pack_folder(people, tmp_path / "out", size=64)
+    done = pack_folder(people, tmp_path / "out", PackOptions(size=64))
     catalog = open_catalog(tmp_path / "out")
     assert catalog.label_N.tolist() == [0, 0, 1, 1, 2]
     assert (tmp_path / "out" / "identities.tsv").read_text() == (
@@ -50,7 +50,7 @@ def test_sub_folders_in_natural_order_are_the_classes(people, tmp_path):
 
 
 def test_images_are_colour_jpegs_of_the_size_and_keep_their_colours(people, tmp_path):
-    pack_folder(people, tmp_path / "out", size=64)
+    pack_folder(people, tmp_path / "out", PackOptions(size=64))
     catalog = open_catalog(tmp_path / "out")
     for record, colour in {0: (250, 0, 0), 2: (10, 200, 30), 3: (0, 0, 255), 4: (40, 40, 40)}.items():
         image = decoded(catalog, record)
@@ -60,30 +60,30 @@ def test_images_are_colour_jpegs_of_the_size_and_keep_their_colours(people, tmp_
 
 def test_a_jpeg_of_the_right_size_is_kept_byte_for_byte(people, tmp_path):
     original = (people / "a" / "x.jpg").read_bytes()
-    pack_folder(people, tmp_path / "same", size=64, quality=10)
+    pack_folder(people, tmp_path / "same", PackOptions(size=64, quality=10))
     assert open_catalog(tmp_path / "same").image(0).tobytes() == original
-    assert pack_folder(people, tmp_path / "other", size=32).kept_images == 0
+    assert pack_folder(people, tmp_path / "other", PackOptions(size=32)).kept_images == 0
 
 
 def test_the_central_square_is_taken(tmp_path):
-    picture = Image.new("RGB", (96, 32), "red")
-    picture.paste("white", (32, 0, 64, 32))
+    wide = Image.new("RGB", (96, 32), "red")
+    wide.paste("white", (32, 0, 64, 32))
     (tmp_path / "in" / "a").mkdir(parents=True)
-    picture.save(tmp_path / "in" / "a" / "wide.png")
-    pack_folder(tmp_path / "in", tmp_path / "out", size=32)
+    wide.save(tmp_path / "in" / "a" / "wide.png")
+    pack_folder(tmp_path / "in", tmp_path / "out", PackOptions(size=32))
     assert np.asarray(decoded(open_catalog(tmp_path / "out"), 0)).min() > 200
 
 
 def test_a_photograph_is_turned_upright_and_16_bits_of_grey_are_kept(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     lying = Image.new("RGB", (32, 32), "black")
-    lying.paste("white", (0, 0, 32, 16))  # white above, but the camera was held upside down
+    lying.paste("white", (0, 0, 32, 16))  # the upper half, but EXIF turns the image upside down
     exif = Image.Exif()
     exif[0x0112] = 3
     lying.save(tmp_path / "in" / "a" / "1.jpg", exif=exif, quality=95)
     ramp_HW = np.repeat(np.linspace(0, 65535, 32).astype(np.uint16)[:, None], 32, axis=1)
     Image.fromarray(ramp_HW).save(tmp_path / "in" / "a" / "2.png")
-    pack_folder(tmp_path / "in", tmp_path / "out", size=32)
+    pack_folder(tmp_path / "in", tmp_path / "out", PackOptions(size=32))
     upright, ramp = (np.asarray(decoded(open_catalog(tmp_path / "out"), i), int) for i in (0, 1))
     assert upright[:12].max() < 60
     assert upright[20:].min() > 200
@@ -103,7 +103,7 @@ def refused(folder, out, message):
     assert sorted(out.rglob("*")) == (before or [])
 
 
-def test_what_cannot_be_packed_is_named_and_leaves_nothing(people, tmp_path):
+def test_a_file_that_cannot_be_packed_is_named_and_nothing_is_left(people, tmp_path):
     out = tmp_path / "out"
     (people / "s2" / "1.png").write_bytes(b"not an image")
     refused(people, out, r"s2/1.png: expected an image, found: .*repair it, or remove it")
@@ -131,8 +131,12 @@ def test_the_last_identities_are_held_out_as_pairs(tmp_path):
         for number in range(4):
             colour = (40 + 40 * person, 10 * number, 90)
             Image.new("RGB", (32, 32), colour).save(tmp_path / "in" / f"p{person}" / f"{number}.png")
-    done = pack_folder(tmp_path / "in", tmp_path / "out", size=32, hold_out=3)
-    assert (done.identities, done.images, done.pairs) == (2, 8, 36)  # 3 people x 6 pairs, and as many of two
+    done = pack_folder(tmp_path / "in", tmp_path / "out", PackOptions(size=32), hold_out=3)
+    assert (done.identities, done.images, done.pairs) == (
+        2,
+        8,
+        36,
+    )  # 3 identities x 6 genuine pairs, and as many impostor pairs
     assert open_catalog(tmp_path / "out").num_classes == 2
     pairs = read_pairs(tmp_path / "out" / "held_out.bin")
     reds = [np.asarray(Image.open(io.BytesIO(image)), int)[..., 0].mean() for image in pairs.images]
@@ -160,7 +164,7 @@ def test_a_held_out_image_that_cannot_be_read_leaves_nothing(people, tmp_path):
 
 
 def listed(tmp_path, name, text, jpeg, count=4):
-    """A list file beside the pictures 0.jpg, 1.jpg, ..."""
+    """Write a list file beside the images 0.jpg, 1.jpg, ..."""
     for i in range(count):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
     (tmp_path / name).write_text(text)
@@ -176,7 +180,7 @@ def listed(tmp_path, name, text, jpeg, count=4):
     ],
 )
 def test_a_list_is_packed_in_its_order_with_its_labels(tmp_path, jpeg, name, text):
-    done = pack_list(listed(tmp_path, name, text, jpeg), tmp_path / "out", size=48)
+    done = pack_list(listed(tmp_path, name, text, jpeg), tmp_path / "out", PackOptions(size=48))
     catalog = open_catalog(tmp_path / "out")
     assert [catalog.image(i).tobytes() for i in range(3)] == [jpeg(3), jpeg(0), jpeg(1)]
     assert (catalog.label_N.tolist(), catalog.num_classes) == ([5, 0, 5], 6)
@@ -211,7 +215,7 @@ def test_a_list_that_is_none_is_named_and_leaves_nothing(tmp_path, jpeg, name, t
 def test_labels_that_float32_cannot_hold_go_into_a_sidecar(tmp_path, jpeg):
     labels = [(1 << 24) + 1, 3, (1 << 62) + 1, 1 << 24]
     text = "".join(f"{i}.jpg\t{label}\n" for i, label in enumerate(labels))
-    pack_list(listed(tmp_path, "l.tsv", text, jpeg), tmp_path / "out", size=48)
+    pack_list(listed(tmp_path, "l.tsv", text, jpeg), tmp_path / "out", PackOptions(size=48))
     keys, found = read_labels(tmp_path / "out" / "train.rec")
     assert (keys.tolist(), found.tolist()) == (list(range(len(labels))), labels)
     data = (tmp_path / "out" / "train.rec").read_bytes()
@@ -222,8 +226,8 @@ def test_labels_that_float32_cannot_hold_go_into_a_sidecar(tmp_path, jpeg):
 
 
 def test_shards_hold_the_same_images_and_labels_as_records(people, tmp_path):
-    pack_folder(people, tmp_path / "rec", size=64, hold_out=2)
-    done = pack_folder(people, tmp_path / "tar", size=64, hold_out=2, form="tar", shard_samples=1)
+    pack_folder(people, tmp_path / "rec", PackOptions(size=64), hold_out=2)
+    done = pack_folder(people, tmp_path / "tar", PackOptions("tar", 64, shard_samples=1), hold_out=2)
     catalog = open_catalog(tmp_path / "rec")
     shards = sorted((tmp_path / "tar").glob("*.tar"))
     assert len(shards) == done.images == 2
@@ -239,7 +243,7 @@ def test_many_images_keep_their_order_over_all_processes(tmp_path):
     for i in range(75):
         (tmp_path / "in" / f"{i // 5}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (3 * i, 0, 0)).save(tmp_path / "in" / f"{i // 5}" / f"{i}.png")
-    pack_folder(tmp_path / "in", tmp_path / "out", size=32)
+    pack_folder(tmp_path / "in", tmp_path / "out", PackOptions(size=32))
     catalog = open_catalog(tmp_path / "out")
     reds = [np.asarray(decoded(catalog, i), int)[..., 0].mean() for i in range(75)]
     assert np.abs(np.array(reds) - 3 * np.arange(75)).max() < 1.5

@@ -1,4 +1,4 @@
-"""`lgaf data validate`: every record is looked at, and what is bad is listed with its place."""
+"""`lgaf data validate`: every record is read and decoded, and bad records are listed with their position."""
 
 import json
 
