@@ -15,6 +15,7 @@ from torch import Tensor
 from partial_fc.margin import Margin
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
+from partial_fc.targets import Embeddings
 
 
 @dataclass(frozen=True)
@@ -40,26 +41,18 @@ class Dense:
         self._grad_SD: Tensor | None = None
 
     @torch.enable_grad()
-    def local_softmax(
-        self,
-        weight_RD: Tensor,
-        sample: Sample,
-        emb_GD: Tensor,
-        target_position_G: Tensor,
-        known_cos_G: Tensor | None,
-    ) -> LocalSoftmax:
-        emb_GD = emb_GD.detach().requires_grad_()
+    def local_softmax(self, weight_RD: Tensor, sample: Sample, batch: Embeddings) -> LocalSoftmax:
+        emb_GD = batch.emb_GD.detach().requires_grad_()
         weight_SD = weight_RD.detach()[sample.rows].requires_grad_()
         cos_GS = _unit(emb_GD) @ _unit(weight_SD).T
-        is_target_GS = (
-            torch.arange(len(sample), device=target_position_G.device) == target_position_G[:, None]
-        )
+        position_S = torch.arange(len(sample), device=emb_GD.device)
+        is_target_GS = position_S == batch.target_position_G[:, None]
         is_here_G = is_target_GS.any(1)
         norm_G = emb_GD.norm(dim=1)
         target_G = self._margin.target((cos_GS * is_target_GS).sum(1), norm_G).logit_G * is_here_G
         other_GS = cos_GS
-        if known_cos_G is not None:
-            bound_G = self._margin.target(known_cos_G, norm_G.detach()).logit_G
+        if batch.known_cos_G is not None:
+            bound_G = self._margin.target(batch.known_cos_G, norm_G.detach()).logit_G
             other_GS, _ = self._margin.others(cos_GS, bound_G)
         left_out_GS = is_target_GS
         if self._filter is not None:

@@ -28,7 +28,7 @@ from partial_fc.margin import Margin
 from partial_fc.matmul import Inputs, Products
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
-from partial_fc.targets import Targets
+from partial_fc.targets import Embeddings, Targets
 
 # A tile of this size runs long enough to hide its dozens of launches, and is small for any GPU's memory.
 _TILE_BYTES = 1 << 28
@@ -39,13 +39,29 @@ _LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _picked(
-    rows_ptr: tl.tensor, position_T: tl.tensor, is_row_T: tl.tensor, SAMPLED: tl.constexpr
-) -> tl.tensor:
-    """Return the row at each position: from the list if the classes are sampled, else the position itself."""
+def _load_rows(
+    weight_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    T: tl.tensor,
+    D: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return this program's weight rows, and positions and masks of the tile's rows [T] and entries [T, D].
+
+    If the classes are sampled, `rows_ptr` lists the row at each position; otherwise the two are equal.
+    """
+    position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column_D = tl.arange(0, BLOCK_D)
+    is_row_T = position_T < T
+    inside_TD = is_row_T[:, None] & (column_D < D)[None, :]
+    row_T = position_T.to(tl.int64)
+    at_TD = row_T[:, None] * D + column_D[None, :]
     if SAMPLED:
-        return tl.load(rows_ptr + position_T, is_row_T, other=0)
-    return position_T.to(tl.int64)
+        row_T = tl.load(rows_ptr + position_T, is_row_T, other=0)
+    vector_TD = tl.load(weight_ptr + row_T[:, None] * D + column_D[None, :], inside_TD, other=0.0)
+    return vector_TD, position_T, is_row_T, at_TD, inside_TD
 
 
 @triton.jit
@@ -61,16 +77,13 @@ def _unit_rows(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Write unit rows in the dtype of `unit_ptr`, and 1 / norm. A zero row stays zero, with 1 / norm 0."""
-    position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column_D = tl.arange(0, BLOCK_D)
-    is_row_T = position_T < T
-    inside_TD = is_row_T[:, None] & (column_D < D)[None, :]
-    row_T = _picked(rows_ptr, position_T, is_row_T, SAMPLED)
-    vector_TD = tl.load(weight_ptr + row_T[:, None] * D + column_D[None, :], inside_TD, other=0.0)
+    vector_TD, position_T, is_row_T, at_TD, inside_TD = _load_rows(
+        weight_ptr, rows_ptr, T, D, SAMPLED, BLOCK_T, BLOCK_D
+    )
     norm_T = tl.sqrt(tl.sum(vector_TD * vector_TD, 1))
     inverse_norm_T = tl.where(norm_T == 0, 0.0, 1 / norm_T)
     unit_TD = (vector_TD * inverse_norm_T[:, None]).to(unit_ptr.dtype.element_ty)
-    tl.store(unit_ptr + position_T.to(tl.int64)[:, None] * D + column_D[None, :], unit_TD, inside_TD)
+    tl.store(unit_ptr + at_TD, unit_TD, inside_TD)
     tl.store(inverse_norm_ptr + position_T, inverse_norm_T, is_row_T)
 
 
@@ -88,18 +101,14 @@ def _through_unit(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Replace the gradient with respect to unit rows by `scale` times that of the rows, in place."""
-    position_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column_D = tl.arange(0, BLOCK_D)
-    is_row_T = position_T < T
-    inside_TD = is_row_T[:, None] & (column_D < D)[None, :]
-    row_T = _picked(rows_ptr, position_T, is_row_T, SAMPLED)
+    vector_TD, position_T, is_row_T, at_TD, inside_TD = _load_rows(
+        weight_ptr, rows_ptr, T, D, SAMPLED, BLOCK_T, BLOCK_D
+    )
     inverse_norm_T1 = tl.load(inverse_norm_ptr + position_T, is_row_T, other=0.0)[:, None]
-    vector_TD = tl.load(weight_ptr + row_T[:, None] * D + column_D[None, :], inside_TD, other=0.0)
-    at_TD = grad_ptr + position_T.to(tl.int64)[:, None] * D + column_D[None, :]
-    grad_TD = tl.load(at_TD, inside_TD, other=0.0)
+    grad_TD = tl.load(grad_ptr + at_TD, inside_TD, other=0.0)
     unit_TD = vector_TD * inverse_norm_T1
     grad_TD -= unit_TD * tl.sum(grad_TD * unit_TD, 1)[:, None]
-    tl.store(at_TD, grad_TD * (inverse_norm_T1 * scale), inside_TD)
+    tl.store(grad_ptr + at_TD, grad_TD * (inverse_norm_T1 * scale), inside_TD)
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -255,17 +264,10 @@ class Kernels:
         self._batches: list[_Batch] = []
 
     @torch.no_grad()
-    def local_softmax(
-        self,
-        weight_RD: Tensor,
-        sample: Sample,
-        emb_GD: Tensor,
-        target_position_G: Tensor,
-        known_cos_G: Tensor | None,
-    ) -> LocalSoftmax:
-        assert known_cos_G is None
-        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, target_position_G)
-        rows = _Rows(targets.unit_GD.to(self._product.dtype).contiguous(), target_position_G)
+    def local_softmax(self, weight_RD: Tensor, sample: Sample, batch: Embeddings) -> LocalSoftmax:
+        assert batch.known_cos_G is None
+        targets = Targets.of(self._margin, self._scale, weight_RD, sample, batch)
+        rows = _Rows(targets.unit_GD.to(self._product.dtype).contiguous(), batch.target_position_G)
         sum_G, weighted_sum_GD = self._sums_of_others(weight_RD, sample, rows)
         return LocalSoftmax(sum_G.log(), targets.logit_G, targets, weighted_sum_GD, rows, sample)
 

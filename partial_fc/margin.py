@@ -1,14 +1,12 @@
-"""Margins: from the cosine of the target class to its logit before scaling, and derivatives in closed form.
+"""Margins: the logit of the target class before scaling, as a function of its cosine, and its derivatives.
 
-    target     cosine and embedding norm of each row -> logit of its class, and the derivatives by both
-    others     cosines of the other classes -> their logits (CurricularFace only; elsewhere the cosines)
-    penalty    a loss of the norm alone (MagFace only)
-    observe    once per step: running statistics (AdaFace, CurricularFace), which a checkpoint keeps
+    target     cosine and embedding norm of each row -> logit of its class, and both derivatives
+    others     cosines of the other classes -> their logits (CurricularFace only; otherwise the cosines)
+    penalty    a loss that depends on the norm only (MagFace only)
+    observe    once per step: update running statistics (AdaFace, CurricularFace), which checkpoints contain
 
-A margin is one small class, with its configuration before it; a new one stands anywhere above `AnyMargin`,
-which offers every configuration by its `kind`. Derivatives are written out because the streamed softmax works
-without autograd; tests compare them with float64 autograd over all cosines. Statistics move at the end of a
-step, so that its micro-batches see the same ones, those of the steps before, and the same on all ranks.
+A margin is a class with its configuration before it; `AnyMargin`, at the end, contains all configurations by
+`kind`. Derivatives are explicit because the streamed softmax works without autograd.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ NEAR_POLE = 1e-6
 
 
 class Target(NamedTuple):
-    """The target's logit over scale and its derivatives; None where the norm does not take part."""
+    """The target's logit / scale and its derivatives; None if it does not depend on the norm."""
 
     logit_G: Tensor
     dlogit_dcos_G: Tensor
@@ -32,9 +30,9 @@ class Target(NamedTuple):
 
 
 class Margin:
-    """What the softmax asks of a margin; what most of them have in common.
+    """Interface of a margin, with defaults.
 
-    Cosines may leave [-1, 1] by rounding. `state` holds running statistics, scalars, by name.
+    Cosines may leave [-1, 1] by rounding. state: running statistics, scalars by name.
     """
 
     modifies_negatives = False
@@ -46,25 +44,26 @@ class Margin:
         raise NotImplementedError
 
     def others(self, cos_GT: Tensor, target_logit_G: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits over scale of classes that are not the target, and their derivatives by the cosine.
+        """Return logits / scale of classes that are not the target, and their derivatives by the cosine.
 
-        Asked only if `modifies_negatives`.
+        It is called only if `modifies_negatives`.
         """
         raise NotImplementedError
 
     def penalty(self, norm_G: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A part of the loss that depends on the norm alone, and its derivative."""
+        """Return a part of the loss that depends on the norm only, and its derivative; None without one."""
         return None
 
     def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
-        """Take the rows of a whole step into the running statistics.
+        """Update the running statistics by the rows of a whole step, gathered from all ranks.
 
-        Target cosines are 0 unless `modifies_negatives`: without need no rank is told those of the others.
+        It is called at the end of a step, so that all micro-batches of a step use the same statistics. Target
+        cosines are 0 unless `modifies_negatives`, because ranks exchange them only then.
         """
 
 
 class MarginConfig(BaseModel):
-    """The keys of a margin; a subclass names its `kind`, adds its keys and builds it."""
+    """The keys of a margin; a subclass defines its `kind`, adds its keys and builds the margin."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,7 +77,7 @@ class MarginConfig(BaseModel):
 class CombinedConfig(MarginConfig):
     """The logit cos(m1 theta + m2) - m3 of the target."""
 
-    kind: Literal["combined"] = Field("combined", description="a factor, an angle and a cosine")
+    kind: Literal["combined"] = Field("combined", description="margins m1, m2 and m3 together")
     m1: float = Field(1.0, ge=1, le=4, description="factor of the angle, SphereFace's margin")
     m2: float = Field(0.3, ge=0, le=2, description="added to the angle, ArcFace's margin, radians")
     m3: float = Field(0.2, ge=0, le=2, description="subtracted from the cosine, CosFace's margin")
@@ -88,7 +87,7 @@ class CombinedConfig(MarginConfig):
 
 
 class ArcFaceConfig(MarginConfig):
-    """An angle that is added to the target's."""
+    """A margin that is added to the target's angle."""
 
     kind: Literal["arcface"] = Field("arcface", description="m is added to the target's angle")
     m: float = Field(0.5, ge=0, le=2, description="margin, radians")
@@ -113,7 +112,7 @@ class Combined(Margin):
 
 
 class ArcFaceStraightThroughConfig(MarginConfig):
-    """ArcFace's margin as InsightFace differentiates it."""
+    """ArcFace's margin with InsightFace's derivative."""
 
     kind: Literal["arcface-straight-through"] = Field(
         "arcface-straight-through", description="arcface with a derivative of 1, as InsightFace computes it"
@@ -125,7 +124,7 @@ class ArcFaceStraightThroughConfig(MarginConfig):
 
 
 class ArcFaceStraightThrough(Combined):
-    """ArcFace's logit with a derivative of 1, as InsightFace's, whose margin autograd does not see."""
+    """ArcFace's logit with a derivative of 1, as in InsightFace, which computes it outside autograd."""
 
     def __init__(self, m: float) -> None:
         super().__init__(1, m, 0)
@@ -136,7 +135,7 @@ class ArcFaceStraightThrough(Combined):
 
 
 class CosFaceConfig(MarginConfig):
-    """A cosine that is subtracted from the target's."""
+    """A margin that is subtracted from the target's cosine."""
 
     kind: Literal["cosface"] = Field("cosface", description="m is subtracted from the target's cosine")
     m: float = Field(0.5, ge=0, le=2, description="margin, cosine; usually 0.35 to 0.4")
@@ -157,13 +156,13 @@ class CosFace(Margin):
 
 
 class AdaFaceConfig(MarginConfig):
-    """A margin of angle and cosine that the embedding's norm shifts."""
+    """A margin on angle and cosine that depends on the embedding's norm."""
 
-    kind: Literal["adaface"] = Field("adaface", description="an angle and a cosine by the embedding's norm")
+    kind: Literal["adaface"] = Field("adaface", description="a margin that depends on the embedding's norm")
     m: float = Field(0.5, ge=0, le=2, description="margin, radians and cosine; usually 0.4")
     h: float = Field(0.333, ge=0, description="change of the margin, in m, per standard deviation of norm")
     momentum: float = Field(
-        0.01, gt=0, le=1, description="share of the newest step in the running statistics of the norms"
+        0.01, gt=0, le=1, description="weight of the newest step in the running statistics of the norms"
     )
 
     def build(self, device: torch.device | str) -> Margin:
@@ -171,10 +170,10 @@ class AdaFaceConfig(MarginConfig):
 
 
 class AdaFace(Margin):
-    """cos(theta - m q) - m (1 + q), where q in [-1, 1] is the embedding's norm, standardised, as its quality.
+    """cos(theta - m q) - m (1 + q), where the quality q in [-1, 1] is the standardised norm of the embedding.
 
-    No gradient reaches the norm. An angle below 0, where the easiest samples of high quality come to, counts
-    as 0. Before the first step the norms have mean 20 and standard deviation 100, as in the authors' code.
+    No gradient reaches the norm. Negative angles, which easy samples of high quality can have, count as 0.
+    Before the first step the norms have mean 20 and standard deviation 100, as in the authors' code.
     Source: Kim et al., "AdaFace", CVPR 2022, eqs. 13 to 15.
     """
 
@@ -198,16 +197,16 @@ class AdaFace(Margin):
         count = is_counted_G.sum()
         mean = (norm_G * is_counted_G).sum() / count
         variance = ((norm_G - mean).square() * is_counted_G).sum() / (count - 1)
-        # A single row has no deviation: such a step says nothing.
+        # A single row has no standard deviation, so that such a step is not counted.
         share = self.momentum * (count > 1)
         _follow(self.state["norm_mean"], mean, share)
         _follow(self.state["norm_std"], variance.sqrt(), share)
 
 
 class MagFaceConfig(MarginConfig):
-    """The margin as a line over the embedding's norm, and the regulariser that pulls norms up."""
+    """A margin that grows linearly with the embedding's norm, and a regulariser that raises norms."""
 
-    kind: Literal["magface"] = Field("magface", description="an angle that rises with the embedding's norm")
+    kind: Literal["magface"] = Field("magface", description="an angle that grows with the embedding's norm")
     norm_low: float = Field(10.0, gt=0, description="norm up to which the margin is m_low")
     norm_high: float = Field(110.0, gt=0, description="norm from which on the margin is m_high")
     m_low: float = Field(0.45, ge=0, le=2, description="margin of the lowest quality, radians")
@@ -227,10 +226,10 @@ class MagFaceConfig(MarginConfig):
 
 
 class MagFace(Margin):
-    """cos(theta + m(a)): the margin m rises with the norm a, and a regulariser pulls norms up.
+    """cos(theta + m(a)): the margin m grows with the norm a, and a regulariser raises norms.
 
     Between norm_low and norm_high, m is a straight line from m_low to m_high and the regulariser is
-    weight (a / norm_high^2 + 1 / a); outside, both stay as at the ends, so no gradient reaches the norm.
+    weight (a / norm_high^2 + 1 / a); outside, both are constant, so that no gradient reaches the norm.
     Source: Meng et al., "MagFace", CVPR 2021, eqs. 5 and 6, section 3.3.
     """
 
@@ -256,12 +255,12 @@ class MagFace(Margin):
 
 
 class CurricularFaceConfig(MarginConfig):
-    """ArcFace's margin, and negatives that gain weight as the network improves."""
+    """ArcFace's margin, with a weight of hard negatives that grows as the network improves."""
 
     kind: Literal["curricularface"] = Field("curricularface", description="arcface with harder negatives")
     m: float = Field(0.5, ge=0, le=2, description="margin, radians")
     momentum: float = Field(
-        0.01, gt=0, le=1, description="share of the newest step in the running mean of the target's cosine"
+        0.01, gt=0, le=1, description="weight of the newest step in the running mean of the target's cosine"
     )
 
     def build(self, device: torch.device | str) -> Margin:
@@ -269,9 +268,10 @@ class CurricularFaceConfig(MarginConfig):
 
 
 class CurricularFace(Combined):
-    """ArcFace whose hard negatives, those with a cosine above the target's logit, become cos (t + cos).
+    """ArcFace with modified hard negatives: a cosine above the target's logit becomes cos (t + cos).
 
-    t is the running mean of the target's cosine, 0 at the start: the better the network, the more they weigh.
+    t is the running mean of the target's cosine, 0 at the start, so that hard negatives gain weight during
+    training.
     Source: Huang et al., "CurricularFace", CVPR 2020, eqs. 4 to 7.
     """
 
@@ -285,8 +285,8 @@ class CurricularFace(Combined):
     def others(self, cos_GT: Tensor, target_logit_G: Tensor) -> tuple[Tensor, Tensor]:
         is_hard_GT = cos_GT > target_logit_G[:, None]
         t = self.state["t"]
-        bent_GT = torch.where(is_hard_GT, cos_GT * (t + cos_GT), cos_GT)
-        return bent_GT, torch.where(is_hard_GT, t + 2 * cos_GT, 1).to(cos_GT.dtype)
+        logit_GT = torch.where(is_hard_GT, cos_GT * (t + cos_GT), cos_GT)
+        return logit_GT, torch.where(is_hard_GT, t + 2 * cos_GT, 1).to(cos_GT.dtype)
 
     def observe(self, cos_G: Tensor, norm_G: Tensor, is_counted_G: Tensor) -> None:
         count = is_counted_G.sum()
@@ -301,13 +301,13 @@ class _Moved(NamedTuple):
 
 
 def _moved(cos_G: Tensor, factor: float, shift: Tensor | float) -> _Moved:
-    """cos(phi) of the moved angle phi = factor theta + shift, continued so that it falls with theta.
+    """Return cos(phi) of the angle phi = factor theta + shift, continued so that it decreases with theta.
 
-    Beyond phi = pi the cosine would rise again and pull hard samples away from their class. There it goes on
-    as SphereFace's (-1)^k cos(phi) - 2 k, k = floor(phi / pi): equal in value and slope at the seams, and
-    steep enough that the hardest samples learn. Below 0, phi counts as 0. The slope by the cosine,
-    factor |sin(phi)| / sin(theta), has poles at cosines of 1 and -1; within `NEAR_POLE` of them (and beyond,
-    where rounding leads) the result is its own tangent, so value and derivative stay finite and agree.
+    Beyond phi = pi the cosine would increase again and move hard samples away from their class. There it is
+    continued as SphereFace's (-1)^k cos(phi) - 2 k, k = floor(phi / pi), which is continuous in value and
+    slope. A negative phi counts as 0. The derivative by the cosine, factor |sin(phi)| / sin(theta), has poles
+    at cosines of 1 and -1; within `NEAR_POLE` of them and beyond, the function is replaced by its tangent, so
+    that value and derivative are finite and consistent.
     Source: Liu et al., "SphereFace", CVPR 2017, eq. 7.
     """
     inner_G = cos_G.clamp(NEAR_POLE - 1, 1 - NEAR_POLE)
@@ -325,12 +325,12 @@ def _scalar(value: float, device: torch.device | str) -> Tensor:
 
 
 def _follow(running: Tensor, newest: Tensor, share: Tensor) -> None:
-    """Move a running mean in place; with a share of 0, whatever the newest is."""
+    """Update a running mean in place; with a share of 0 it stays unchanged, even if `newest` is NaN."""
     running.copy_(torch.where(share > 0, running + share * (newest - running), running))
 
 
 def _with_kind(value: Any) -> Any:
-    """Take a table without a `kind` as arcface's."""
+    """Set kind = arcface in a table without a `kind`."""
     return {"kind": "arcface", **value} if isinstance(value, dict) else value
 
 

@@ -21,7 +21,7 @@ from partial_fc.margin import Margin
 from partial_fc.matmul import Inputs, Products
 from partial_fc.optim import Rows
 from partial_fc.sampling import Sample
-from partial_fc.targets import Targets, through_unit, unit
+from partial_fc.targets import Embeddings, Targets, through_unit, unit
 
 # On a CPU, a tile's buffers should roughly fit the second-level caches of the cores. Measured on two cores
 # with 1 MiB each, G=256, D=512, a step of 100k classes: in float32, tiles of 256 to 1024 classes all take
@@ -52,8 +52,8 @@ class _Others:
         logit_GT, slope_GT = self.product(self.scaled_unit_GD, class_unit_TD.T), None
         is_out_GT = None if self.interclass_filter is None else logit_GT > self.interclass_filter * self.scale
         if self.known_target_G is not None:
-            bent_GT, slope_GT = self.margin.others(logit_GT / self.scale, self.known_target_G)
-            logit_GT = bent_GT * self.scale
+            modified_GT, slope_GT = self.margin.others(logit_GT / self.scale, self.known_target_G)
+            logit_GT = modified_GT * self.scale
         if is_out_GT is not None:
             logit_GT.masked_fill_(is_out_GT, -torch.inf)
         return logit_GT, slope_GT
@@ -152,36 +152,24 @@ class Streaming:
         self._batches: list[_Batch] = []
 
     @torch.no_grad()
-    def local_softmax(
-        self,
-        weight_RD: Tensor,
-        sample: Sample,
-        emb_GD: Tensor,
-        target_position_G: Tensor,
-        known_cos_G: Tensor | None,
-    ) -> LocalSoftmax:
-        """Phase 1: compute the target logits and the sums over this rank's other classes.
-
-        target_position_G: int64 [G], the target's position in `sample`, -1 where it is not in it.
-        known_cos_G: the target cosines of all rows, on whichever rank the target is; None unless the margin
-        modifies negatives.
-        """
-        targets = Targets.of(self._margin, self._scale, weight_RD, sample, emb_GD, target_position_G)
+    def local_softmax(self, weight_RD: Tensor, sample: Sample, batch: Embeddings) -> LocalSoftmax:
+        """Phase 1: compute the target logits and the sums over this rank's other classes."""
+        targets = Targets.of(self._margin, self._scale, weight_RD, sample, batch)
         known_target_G = None
-        if known_cos_G is not None:
-            norm_G = torch.linalg.vector_norm(emb_GD, dim=1)
-            known_target_G = self._margin.target(known_cos_G.to(emb_GD.dtype), norm_G).logit_G
+        if batch.known_cos_G is not None:
+            norm_G = torch.linalg.vector_norm(batch.emb_GD, dim=1)
+            known_target_G = self._margin.target(batch.known_cos_G.to(norm_G.dtype), norm_G).logit_G
         scaled_unit_GD = (targets.unit_GD * self._scale).to(self._product.dtype)
         others = _Others(
             scaled_unit_GD,
-            target_position_G,
+            batch.target_position_G,
             self._margin,
             self._scale,
             self._filter,
             known_target_G,
             self._product,
         )
-        sums = _Sums(others, emb_GD)
+        sums = _Sums(others, batch.emb_GD)
         for start, rows in sample.tiles(self._tile_of(scaled_unit_GD, sample)):
             sums.add(unit(weight_RD[rows])[0].to(self._product.dtype), start)
         return LocalSoftmax(sums.lse(), targets.logit_G, targets, others, sums, sample)

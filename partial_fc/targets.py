@@ -8,12 +8,26 @@ Shapes: G rows (embeddings), R classes of this rank, D the embedding size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from partial_fc.margin import Margin
 from partial_fc.sampling import Sample
+
+
+class Embeddings(NamedTuple):
+    """The gathered embeddings of one batch, not normalised.
+
+    target_position_G: int64 [G], the target's position in the sample, -1 where it is not in it.
+    known_cos_G: the target cosines of all rows, on whichever rank the target is; None unless the margin
+    modifies negatives.
+    """
+
+    emb_GD: Tensor
+    target_position_G: Tensor
+    known_cos_G: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,27 +45,18 @@ class Targets:
 
     @classmethod
     def of(
-        cls,
-        margin: Margin,
-        scale: float,
-        weight_RD: Tensor,
-        sample: Sample,
-        emb_GD: Tensor,
-        target_position_G: Tensor,
+        cls, margin: Margin, scale: float, weight_RD: Tensor, sample: Sample, batch: Embeddings
     ) -> Targets:
-        """Compute the targets of one batch.
-
-        target_position_G: int64 [G], the target's position in `sample`, -1 where it is not in it.
-        """
-        norm_G = torch.linalg.vector_norm(emb_GD, dim=1)
-        unit_GD, inverse_norm_G = unit(emb_GD)
-        class_unit_GD = target_units(weight_RD, sample, target_position_G)
+        """Compute the targets of one batch."""
+        norm_G = torch.linalg.vector_norm(batch.emb_GD, dim=1)
+        unit_GD, inverse_norm_G = unit(batch.emb_GD)
+        class_unit_GD = target_units(weight_RD, sample, batch.target_position_G)
         target = margin.target((unit_GD * class_unit_GD).sum(1), norm_G)
         penalty = margin.penalty(norm_G)
         nothing_G = torch.zeros_like(norm_G)
         by_norm_G = nothing_G if target.by_norm_G is None else target.by_norm_G * scale
         by_norm_penalty_G = nothing_G if penalty is None else penalty[1]
-        is_here_G = target_position_G >= 0
+        is_here_G = batch.target_position_G >= 0
         return cls(
             logit_G=(target.logit_G * scale).where(is_here_G, 0),
             dlogit_dcos_G=target.dlogit_dcos_G.where(is_here_G, 0),

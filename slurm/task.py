@@ -30,10 +30,10 @@ def train(config: Path, overrides: Sequence[str] = ()) -> None:
     """
     try:
         with StopRequest() as stop:
-            from trainer import entrypoints as job
+            from trainer import entrypoints
             from trainer.runtime.ranks import leave
 
-            job.train(config, overrides, stop)
+            entrypoints.train(config, overrides, stop)
     except Stopped as stopped:
         if stopped.is_first and stopped.number in _REQUEUE:
             print("lgaf: the job is requeued", file=sys.stderr, flush=True)

@@ -10,10 +10,9 @@ from typing import Annotated
 
 import typer
 
-from trainer import config_file as settings
+from trainer import config_file
 from trainer.cli import checkpoint as checkpoint_commands
-from trainer.cli import data as commands
-from trainer.cli import network as network_commands
+from trainer.cli import data, network
 from trainer.runtime.signals import StopRequest
 
 # Each command imports the modules that need torch, DALI or DeepSpeed itself, so that `lgaf --help` is fast.
@@ -24,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train face-recognition networks: LGAF on DALI, DeepSpeed and a model-parallel Partial FC.",
 )
-app.add_typer(commands.app, name="data")
+app.add_typer(data.app, name="data")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
@@ -38,7 +37,7 @@ def _show_keys(wanted: bool) -> None:
     if wanted:
         from trainer.config import RunConfig
 
-        typer.echo(settings.help_text(RunConfig))
+        typer.echo(config_file.help_text(RunConfig))
         raise typer.Exit
 
 
@@ -73,9 +72,9 @@ def train(
     On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C to any rank, all ranks save and exit with code 75: start it again.
     """
     with StopRequest() as stop:
-        from trainer import entrypoints as job
+        from trainer import entrypoints
 
-        job.train(config, overrides or [], stop)
+        entrypoints.train(config, overrides or [], stop)
 
 
 @app.command("eval")
@@ -84,7 +83,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help=network_commands.NETWORK_HELP,
+            help=network.NETWORK_HELP,
         ),
     ],
     pairs: Annotated[
@@ -101,7 +100,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="folder for results.json, report.html and plots [default: eval_SUITE]"
+            metavar="FOLDER", help="folder for results.json, report.html and plots; by default eval_SUITE"
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images embedded at once, per rank")] = 64,
@@ -111,7 +110,7 @@ def evaluate(
     With --suite, it writes a folder of results and prints tables. With --pairs, it prints JSON and
     writes a folder only with --out. Works as a single process, under torchrun and under Slurm's srun.
     """
-    from trainer import entrypoints as job
+    from trainer import entrypoints
     from trainer.evaluation.suite import SuiteConfig, suite_of_pairs
     from trainer.report.tables import show
 
@@ -120,11 +119,13 @@ def evaluate(
     if suite is None and overrides:
         raise ValueError("--set changes keys of a suite: expected --suite, found --pairs; remove --set")
     config = (
-        suite_of_pairs(pairs or []) if suite is None else settings.load(SuiteConfig, suite, overrides or [])
+        suite_of_pairs(pairs or [])
+        if suite is None
+        else config_file.load(SuiteConfig, suite, overrides or [])
     )
     name = "pairs" if suite is None else suite.stem
     folder = out or (suite and Path(f"eval_{name}"))
-    results = job.evaluate(checkpoint, config, name=name, batch_size=batch_size, out=folder)
+    results = entrypoints.evaluate(checkpoint, config, name=name, batch_size=batch_size, out=folder)
     if results is not None and suite is None:
         figures = {name: scores.figures for name, tasks in results.items() for scores in tasks.values()}
         typer.echo(json.dumps(figures, indent=2))
@@ -133,7 +134,7 @@ def evaluate(
         typer.echo(f"Plots and figures are in {folder}")
 
 
-for _command in (network_commands.export, network_commands.embed, network_commands.compare):
+for _command in (network.export, network.embed, network.compare):
     app.command()(_command)
 
 

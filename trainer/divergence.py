@@ -1,4 +1,4 @@
-"""Reaction to steps that are skipped in a row: a rollback to a checkpoint, or an end with a diagnosis."""
+"""Reaction to steps skipped in a row: a rollback to a checkpoint, or the end of the run with a diagnosis."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 
 class Suspects(NamedTuple):
-    """Settings that a diagnosis names: where the images come from, and the scale of the logits."""
+    """Settings that a diagnosis names: the sources of the images, and the scale of the logits."""
 
     sources: Sequence[object]
     scale: float
 
 
 class Divergence:
-    """Counts skipped steps and rollbacks of a run; alike on all ranks.
+    """Counter of the skipped steps and rollbacks of a run, the same on all ranks.
 
-    A run diverges when `skip_limit` steps in a row are skipped. It may go back `rollback_limit` times, and
-    only while each rollback leads further than the one before.
+    A run diverges when `skip_limit` steps in a row are skipped. It may roll back `rollback_limit` times, and
+    only if it fails at a later step than the last time.
     """
 
     def __init__(self, skip_limit: int, rollback_limit: int, suspects: Suspects) -> None:
@@ -27,7 +27,7 @@ class Divergence:
         self._rollbacks, self._failed_at = 0, 0
 
     def count(self, *, is_skipped: bool) -> None:
-        """Take note of a step."""
+        """Count a step."""
         self.skips_in_a_row = self.skips_in_a_row + 1 if is_skipped else 0
 
     @property
@@ -36,25 +36,25 @@ class Divergence:
         return self.skips_in_a_row == self._skip_limit
 
     def may_roll_back(self, failed_step: int) -> bool:
-        """Return whether a rollback from `failed_step` can lead further than those before it."""
+        """Return True if a rollback is left and the run has got further than at the last failure."""
         return self._rollbacks < self._rollback_limit and failed_step > self._failed_at
 
     def rolled_back(self, failed_step: int) -> None:
-        """Take note of a rollback from `failed_step`."""
+        """Count a rollback from `failed_step`."""
         self._failed_at = failed_step
         self._rollbacks += 1
         self.skips_in_a_row = 0
 
     def diagnosis(self, step: int, loss: float, learning_rate: float) -> str:
-        """Return what to look at when the run can go no further; `loss` is that of the last skipped step."""
-        again = f", nor after going back to a checkpoint ({self._rollbacks} times)" if self._rollbacks else ""
-        where = "the loss" if not math.isfinite(loss) else "a gradient"
+        """Return an error message with the likely causes; `loss` is that of the last skipped step."""
+        again = f", after {self._rollbacks} rollback(s) to a checkpoint" if self._rollbacks else ""
+        where = "loss" if not math.isfinite(loss) else "gradient"
         return (
-            f"steps {step - self.skips_in_a_row + 1} to {step}: {where} was not finite in any of these "
-            f"{self.skips_in_a_row} (skip_limit), so none was taken{again}: training has diverged. Look at, "
-            f"in this order: the learning rate, {learning_rate:.3g} now: lower optimizer.learning_rate or "
-            "lengthen optimizer.warmup_steps; the labels: identities mixed up in "
-            f"{', '.join(map(str, self._suspects.sources))} let the loss rise until it breaks; head.scale, "
-            f"{self._suspects.scale:g} now, and the size of head.margin: lower them. Then train again in "
+            f"steps {step - self.skips_in_a_row + 1} to {step}: expected finite values, found a non-finite "
+            f"{where} in each of these {self.skips_in_a_row} steps (skip_limit){again}: training has "
+            f"diverged. Check, in this order: the learning rate, now {learning_rate:.3g}: lower "
+            "optimizer.learning_rate or raise optimizer.warmup_steps; the labels: mixed-up identities in "
+            f"{', '.join(map(str, self._suspects.sources))} raise the loss; head.scale, now "
+            f"{self._suspects.scale:g}, and the margin of head.margin: lower them. Then start again with "
             "another run_dir"
         )

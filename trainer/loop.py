@@ -1,10 +1,10 @@
-"""The steps of a run, on all ranks together.
+"""The training loop of a run, on all ranks together.
 
-    step        next micro-batches -> train_step -> run log; now and then evaluate and save
-    early end   after a signal, saved; or, when too many steps in a row are skipped, back to the newest
-                checkpoint
+    step        next micro-batches -> train_step -> run log; at intervals evaluate and save
+    signal      save and leave
+    divergence  after too many skipped steps in a row, return to the newest checkpoint or end the run
 
-Step t counts from 0; what is recorded or saved "at step n" is the state after n steps.
+Steps count from 0. A record or checkpoint "at step n" holds the state after n steps.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from trainer.step import Outcome, seed_dropout, train_step
 from trainer.train_state import Checkpoints, TrainState
 
 GatherLabels = Callable[[torch.Tensor], torch.Tensor]
-# first step, cursor of a stream, how ranks bring their labels together -> the batches from there on
+# first step, cursor of a stream, function that gathers the labels of all ranks -> batches from that step on
 MakeLoader = Callable[[int, list[list[int]] | None, GatherLabels], Loader | RemoteLoader]
 
 
 @dataclass
 class Training:
-    """A run from the state that `state` has now; `execute` makes its steps.
+    """A run that starts from the present values of `state`; `execute` runs its steps.
 
-    `cursor` is where all ranks stood in a stream at the checkpoint from which the run resumes.
+    cursor: the positions of all ranks in a stream at the checkpoint from which the run resumes.
     """
 
     ranks: Ranks
@@ -54,7 +54,7 @@ class Training:
     cursor: list[list[int]] | None
 
     def execute(self, first_step: int) -> int:
-        """Make all steps from `first_step` on; evaluate before the first and after the last.
+        """Run all steps from `first_step` on; evaluate before the first and after the last.
 
         Return 0, or the number of the signal after which the run was saved and ended.
         """
@@ -71,12 +71,12 @@ class Training:
         return stopped_by
 
     def give_up_saving(self, reason: str) -> None:
-        """Remove the checkpoint that is being written, as the deadline after a signal has passed."""
+        """Remove the incomplete checkpoint, because the deadline after a signal was exceeded."""
         self.checkpoints.clean()
         self._say_leaving(self.stop.signal, f"nothing more is saved: {reason}")
 
     def _steps_from(self, first_step: int) -> tuple[int, int]:
-        """Make steps until the last one, a signal, or a divergence, after which the run goes back.
+        """Run steps until the last one, a signal, or a divergence, which returns the run to a checkpoint.
 
         Return the step from which to continue and the number of the signal, 0 if there was none.
         """
@@ -88,7 +88,7 @@ class Training:
             done = step + 1
             has_diverged = self.divergence.has_diverged
             is_save_due = schedule.is_due(done, schedule.save_every)
-            # A checkpoint must not contain steps that the records lack.
+            # A checkpoint must not contain steps that are missing in metrics.jsonl.
             if is_save_due or outcome.signal or has_diverged or schedule.is_due(done, schedule.log_every):
                 self.log.flush()
                 is_save_due |= self.checkpoints.look()
@@ -97,7 +97,7 @@ class Training:
                 return done, outcome.signal
             if has_diverged:
                 return self._roll_back(done, float(outcome.loss)), 0
-            # While steps are skipped, the state may be the cause: the checkpoint before it is kept instead.
+            # While steps are skipped, the state may be the cause, so that the earlier checkpoint is kept.
             if is_save_due and self.divergence.skips_in_a_row == 0:
                 self._save(done)
             if schedule.is_due(done, schedule.evaluate_every):
@@ -128,7 +128,7 @@ class Training:
         return outcome
 
     def _noted(self, step: int, batches: Iterable[Batch], is_slow: bool) -> Iterator[Batch]:
-        """Pass the batches on and tell the watchdog whether they are waited for."""
+        """Yield the batches, and report to the watchdog whether the run waits for one or computes."""
         iterator, pulse = iter(batches), self.ranks.pulse
         while True:
             pulse.note(step, "waiting for images", is_slow=is_slow)
@@ -139,7 +139,7 @@ class Training:
             yield batch
 
     def _gathered(self, number_N: torch.Tensor) -> torch.Tensor:
-        """Return the numbers of all ranks, which have equally many each: rank 0's first."""
+        """Return the numbers of all ranks, rank 0's first; all ranks must pass equally many."""
         number_N = number_N.to(self.ranks.device)
         of_all = [torch.empty_like(number_N) for _ in range(self.ranks.world_size)]
         dist.all_gather(of_all, number_N, group=self.ranks.group)
@@ -150,16 +150,16 @@ class Training:
         self.checkpoints.save(step, self._cursor(), is_last=is_last or step == self.schedule.steps)
 
     def _cursor(self) -> list[list[int]] | None:
-        """Return where all ranks stand in a stream; None where the step tells it."""
+        """Return the positions of all ranks in a stream; None if the step determines the samples."""
         if not isinstance(self.loader, RemoteLoader):
             return None
         return self._gathered(torch.tensor(self.loader.cursor)).reshape(-1, 2).tolist()
 
     def _save_and_leave(self, step: int, signal: int) -> None:
-        """Save because of a signal; if that fails or takes too long, this does not return."""
+        """Save because of a signal; if the save fails or takes too long, end the process."""
         self.stop.start_clock()
         if self.divergence.skips_in_a_row > 0:
-            self._say_leaving(signal, f"step {step} is not saved, as it was skipped")
+            self._say_leaving(signal, f"step {step} is not saved because it was skipped")
             return
         try:
             if not self.checkpoints.has_saved(step):
@@ -173,12 +173,12 @@ class Training:
         self.log.say(f"{who}: {what}; leaving with exit code {EXIT_CODE}, to be started again")
 
     def _roll_back(self, failed_step: int, loss: float) -> int:
-        """Go back to the newest checkpoint and return its step.
+        """Return to the newest checkpoint and return its step.
 
-        Raises ValueError, on all ranks alike, if that would only lead here again, or there is none.
+        Raises ValueError, on all ranks, if no rollback is left or there is no checkpoint.
         """
-        self.ranks.pulse.note(failed_step, "going back to a checkpoint", is_slow=True)
-        # Whether it goes back or ends: a save that runs may be the last good one.
+        self.ranks.pulse.note(failed_step, "returning to a checkpoint", is_slow=True)
+        # In both cases a running save must be completed: it may be the last good one.
         self.checkpoints.wait()
         restored = self.checkpoints.restore() if self.divergence.may_roll_back(failed_step) else None
         if restored is None:
@@ -192,13 +192,13 @@ class Training:
         return header.step
 
     def _lacks_evaluation(self, step: int) -> bool:
-        """Return whether the run ended earlier between the checkpoint of a step and its evaluation."""
+        """Return True if an earlier process ended between the checkpoint of a step and its evaluation."""
         if step % self.schedule.evaluate_every or not self.evaluation.names:
             return False
         return not from_first(self.log.has_evaluation(step), self.ranks.group)
 
     def _evaluate(self, step: int) -> int:
-        """Return 0, or the number of the signal that interrupted it; then nothing is recorded."""
+        """Evaluate and record the figures. Return 0, or the number of the signal that interrupted it."""
         if not self.evaluation.names:
             return 0
         self.state.engine.synchronize_statistics()

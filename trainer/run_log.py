@@ -1,10 +1,10 @@
-"""Everything that is recorded or shown of a training: one call per event, made on every rank.
+"""Records and display of a training run: one call per event, made on every rank.
 
     step_done     a step is over; its loss stays on the device
     flush         fetch the losses since the last flush, and write, count and show them
     evaluated, rolled_back, say
 
-Behind it are `metrics.jsonl` and the terminal (rank 0) and the Prometheus metrics (every rank).
+The calls write `metrics.jsonl` and the terminal (rank 0) and update the Prometheus metrics (every rank).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from data_pipeline.batch import Batch
 from data_pipeline.quarantine import Quarantine
 from trainer.config import MetricsConfig
 from trainer.monitoring.console import Display, Reading
-from trainer.monitoring.metrics_log import Records, read
+from trainer.monitoring.metrics_log import MetricsLog, read
 from trainer.monitoring.prometheus import Metrics, serve
-from trainer.monitoring.step_timer import Pace
+from trainer.monitoring.step_timer import StepTimer
 from trainer.report.tables import shown, title
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -31,10 +31,10 @@ _FIGURES_SHOWN = 3
 
 
 class RunLog:
-    """The log of one rank; a context manager, which shows a progress bar meanwhile.
+    """The log of one rank; a context manager that shows a progress bar inside its block.
 
-    `metrics` are those of this process, for departments that count for themselves. `first_step` is the step
-    from which the run starts or resumes; records of later steps are dropped.
+    metrics: those of this process, for modules that update their own. first_step: the step from which the run
+    starts or resumes; records of later steps are removed.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class RunLog:
         is_first: bool,
     ) -> None:
         self._run_dir, self._global_batch, self._quarantine = run_dir, global_batch, quarantine
-        self._records = Records(run_dir, first_step) if is_first else None
+        self._records = MetricsLog(run_dir, first_step) if is_first else None
         self._display = Display(steps, first_step, enabled=is_first)
-        self.metrics, self._pace = Metrics(), Pace()
+        self.metrics, self._timer = Metrics(), StepTimer()
         self._bad_records = quarantine.listed()
         self._skipped: set[int] = set()  # since the last flush
 
@@ -72,20 +72,20 @@ class RunLog:
         self._display.say(message)
 
     def start_timing(self) -> None:
-        """Time the steps from now on; what was timed and not flushed is dropped."""
-        self._pace = Pace()
+        """Start timing; steps that were timed and not flushed are dropped."""
+        self._timer = StepTimer()
 
     def exclude_time_since_step(self) -> None:
-        """Do not count the time since the last step, such as that of saving, as part of the next one."""
-        self._pace.leave_out_since_step()
+        """Exclude the time since the last step, such as that of saving, from the next one."""
+        self._timer.exclude_since_step()
 
     def timing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on and measure how long each is waited for."""
-        return self._pace.waiting_for(batches)
+        """Yield the batches, and measure the time of waiting for each."""
+        return self._timer.waiting_for(batches)
 
     def step_done(self, step: int, loss: torch.Tensor, learning_rate: float, *, is_skipped: bool) -> None:
         """Count a step after which the run has done `step`; does not wait for the device."""
-        step_s = self._pace.step_done(step, loss, learning_rate)
+        step_s = self._timer.step_done(step, loss, learning_rate)
         self.metrics.step_done(step, self._global_batch, learning_rate, step_s)
         self._display.advance(step)
         if is_skipped:
@@ -93,8 +93,8 @@ class RunLog:
             self.metrics.step_skipped()
 
     def flush(self) -> None:
-        """Fetch the losses since the last flush, which waits for the device, and record and show them."""
-        span = self._pace.take()
+        """Fetch the losses since the last flush, which waits for the device; record and show them."""
+        span = self._timer.take()
         samples_per_s = self._global_batch / span.step_s
         for step, loss, rate in span.steps:
             if self._records is not None:
@@ -116,11 +116,11 @@ class RunLog:
         if bad_records > self._bad_records:
             self._bad_records = bad_records
             self.say(f"{bad_records} bad records so far: {self._run_dir / QUARANTINE_FILE}")
-        self.metrics.looked(loss, samples_per_s, span.data_wait_s * len(span.steps), bad_records)
+        self.metrics.logged(loss, samples_per_s, span.data_wait_s * len(span.steps), bad_records)
         self._display.show(Reading(step, loss, rate, samples_per_s, span.data_wait_s / span.step_s))
 
     def evaluated(self, step: int, name: str, task: str, figures: dict[str, float]) -> None:
-        """Record the figures of an evaluation; called on rank 0, which alone has them."""
+        """Record the figures of an evaluation; called only on rank 0, which has them."""
         assert self._records is not None
         self._records.write("evaluation", step, set=name, task=task, time_s=time.time(), **figures)
         self.metrics.evaluated(name, task, figures)
@@ -134,9 +134,9 @@ class RunLog:
         return any((r["kind"], r["step"]) == ("evaluation", step) for r in read(self._run_dir))
 
     def rolled_back(self, step: int, failed_step: int, message: str) -> None:
-        """Record that the run goes back to the checkpoint at `step`; drop the records of later steps."""
+        """Record that the run returns to the checkpoint at `step`; remove the records of later steps."""
         self.metrics.rollbacks.inc()
         if self._records is not None:
-            self._records = Records(self._run_dir, step)
+            self._records = MetricsLog(self._run_dir, step)
             self._records.write("rollback", step, failed_step=failed_step, time_s=time.time())
         self.say(message)

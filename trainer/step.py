@@ -62,14 +62,14 @@ def train_step(
     norms = []
     for number, batch in enumerate(batches):
         features = engine.forward(batch.images_BCHW)
-        emb_BLD = features.judged()
+        emb_BLD = features.loss_inputs()
         # The signal travels with the norms, so that it needs no collective of its own.
         norm_BK1 = torch.nn.functional.pad(features.norm_BK, (0, 1), value=signal)
         gathered = collectives.gather(emb_BLD.flatten(1), batch.label_B, norm_BK1, group)
         emb_GLD = gathered.emb_GD.unflatten(1, emb_BLD.shape[1:])
         shares = [share / accumulation for share in engine.model.loss_shares]
         try:
-            micro_loss, grad_GN = _judge(head, emb_GLD, gathered.label_G, shares)
+            micro_loss, grad_GN = _head_loss(head, emb_GLD, gathered.label_G, shares)
         except LabelError as error:
             # The gathered rows follow the order of the run's samples.
             sample = (step * accumulation + number) * len(gathered.label_G) + error.row
@@ -93,7 +93,7 @@ def train_step(
     return Outcome(loss, False, agreed_signal)
 
 
-def _judge(
+def _head_loss(
     head: PartialFC, emb_GLD: torch.Tensor, label_G: torch.Tensor, shares: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss over all L embeddings of each image, weighted by `shares`, and its gradient [G, N]."""

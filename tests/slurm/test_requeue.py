@@ -45,7 +45,7 @@ def python(*words, env=None):
 
 
 def losses(run_dir):
-    """Step -> loss, from what the trainer wrote."""
+    """Return the loss by step, from the records of the trainer."""
     file = run_dir / "metrics.jsonl"
     records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
@@ -60,7 +60,7 @@ def run_options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(run_options, tmp_path_factory):
-    """The losses of two ranks that nobody disturbs."""
+    """The losses of an uninterrupted run of two ranks."""
     run_dir = tmp_path_factory.mktemp("torchrun") / "run"
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer")
     python(*torchrun, "train", DEMO, *run_options, *options(f"run_dir={run_dir}"))

@@ -26,7 +26,7 @@ def lgaf(*words, env=None):
 
 
 def losses(run_dir):
-    """Step -> loss, from what the trainer wrote."""
+    """Return the loss by step, from the records of the trainer."""
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 

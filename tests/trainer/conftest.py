@@ -1,4 +1,4 @@
-"""A small painted dataset and the means to train on it as users do: the command line, in processes."""
+"""A small synthetic dataset, and functions that train on it through the command line, in processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY_NETWORK = ("backbone.width=8", "backbone.embedding_size=32", "data.image_si
 
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
-    """160 pictures of 20 people, and 60 pairs of others."""
+    """160 images of 20 identities, and 60 pairs of others."""
     folder = tmp_path_factory.mktemp("faces") / "set"
     write_set(folder, SMALL)
     return folder

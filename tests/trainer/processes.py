@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from tests.trainer.conftest import environment
-from trainer.checkpoint import directory as files
-from trainer.checkpoint import storage
+from trainer.checkpoint import directory, storage
 
 
 def start(words: Sequence[str | Path], **variables: str) -> subprocess.Popen[str]:
-    """Start a command; what it says on standard error is kept."""
+    """Start a command and capture its standard error."""
     return subprocess.Popen(
         list(map(str, words)),
         env=environment() | variables,
@@ -77,7 +76,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint by its name, whole."""
-    table = files.read_manifest(checkpoint).tensors
+    table = directory.read_manifest(checkpoint).tensors
     state = {name: torch.empty(held.shape, dtype=getattr(torch, held.dtype)) for name, held in table.items()}
     storage.read(checkpoint, state, table)
     return state

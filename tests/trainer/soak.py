@@ -31,7 +31,7 @@ from benchmarks.goodput import goodput
 from data_pipeline.synthetic.dataset import write_set
 from tests.trainer.conftest import SMALL, command, environment, losses, train_words
 from tests.trainer.processes import children, state_of
-from trainer.monitoring import metrics_log as records
+from trainer.monitoring import metrics_log
 
 STEPS_BETWEEN_KILLS = 6
 STEPS_BETWEEN_SAVES = 20  # where kills come at any time
@@ -55,7 +55,7 @@ def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outco
     words = train_words(run_dir, data, *OPTIONS, f"steps={steps}")
     dice, started = random.Random(seed), time.monotonic()
     reached: list[int] = []
-    lives: dict[int, int] = {}  # number of a life that began to train -> the last step it recorded
+    lives: dict[int, int] = {}  # number of a process that began to train -> the last step it recorded
     saving = 0
     log = run_dir.with_suffix(".log")
     process = start(words, log, kills)
@@ -85,7 +85,7 @@ def train(run_dir: Path, data: Path, steps: int, kills: int, seed: int) -> Outco
                 time.sleep(0.05)
     assert process.wait() == 0, log.read_text()
     firsts = first_steps(log)
-    # A life that was killed before it said where it starts has computed nothing and changed nothing.
+    # A process that was killed before it printed its first step has changed nothing.
     lives = {len(firsts): steps} | {number: end for number, end in lives.items() if 0 < number < len(firsts)}
     computed = sum(end - firsts[number - 1] for number, end in lives.items())
     return Outcome(len(reached), saving, computed, time.monotonic() - started)
@@ -105,7 +105,7 @@ def is_saving(run_dir: Path) -> bool:
 
 
 def first_steps(log: Path) -> list[int]:
-    """Where each life of a run began, of those that got that far."""
+    """Return the first step of each process of a run that began to train."""
     return list(map(int, re.findall(r"; steps (\d+) to", log.read_text())))
 
 
@@ -132,7 +132,7 @@ def compare(disturbed_dir: Path, peaceful_dir: Path) -> None:
 
 
 def soak(folder: Path, data: Path, kills: int, seed: int) -> str:
-    """A disturbed and a peaceful run, compared; returns what there is to say about them."""
+    """Compare a disturbed and an undisturbed run; return a description of the differences."""
     steps = STEPS_BETWEEN_KILLS * (kills + 1)
     peaceful = train(folder / "peaceful", data, steps, 0, seed)
     disturbed = train(folder / "disturbed", data, steps, kills, seed)
@@ -165,7 +165,7 @@ def useful_share(folder: Path, data: Path, mean_s: float, seed: int, steps: int,
                 os.kill(dice.choice(victims), signal.SIGKILL)
                 kills.append(time.time())
     wall_s = time.time() - began
-    ends = sorted(record["time_s"] for record in records.read(run_dir) if record["kind"] == "train")
+    ends = sorted(record["time_s"] for record in metrics_log.read(run_dir) if record["kind"] == "train")
     step_s = statistics.mean(
         after - before
         for before, after in itertools.pairwise(ends)

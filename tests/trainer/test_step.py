@@ -9,12 +9,13 @@ from partial_fc.config import HeadConfig
 from partial_fc.head import PartialFC
 from tests.ranks import run_ranks
 from tests.trainer.test_engine import TinyBackbone
-from trainer.config import EngineConfig, OptimizerConfig
+from trainer.config import AdamWConfig, EngineConfig, SGDConfig
 from trainer.engine import Engine
 from trainer.step import seed_dropout, train_step
 
 GLOBAL_BATCH, CLASSES, STEPS = 12, 7, 3
-STAGES_AND_KINDS = [(stage, kind) for stage in (0, 1, 2, 3) for kind in ("sgd", "adamw")]
+OPTIMIZERS = {"sgd": SGDConfig, "adamw": AdamWConfig}
+STAGES_AND_KINDS = [(stage, kind) for stage in (0, 1, 2, 3) for kind in OPTIMIZERS]
 
 
 class WithNorms(TinyBackbone):
@@ -34,7 +35,7 @@ class WithNorms(TinyBackbone):
 
 
 def fresh_head(group):
-    config = HeadConfig(scale=8.0, weight_decay=0.05)
+    config = HeadConfig(scale=8.0, optimizer={"weight_decay": 0.05})
     return PartialFC(config, num_classes=CLASSES, embedding_size=5, seed=2, group=group, device="cpu")
 
 
@@ -45,7 +46,7 @@ def trained(rank, accumulation):
     engine = Engine(
         model,
         EngineConfig(precision="fp32"),
-        OptimizerConfig(weight_decay=0.05),
+        SGDConfig(weight_decay=0.05),
         micro_batch=micro,
         group=dist.group.WORLD,
         device=torch.device("cpu"),
@@ -128,11 +129,11 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
 
 def message_for_a_bad_label(rank):
-    """What training on step 5 says if sample 10 of its 12 has a label that does not exist."""
+    """Return the error of step 5 if sample 10 of its 12 has an invalid label."""
     engine = Engine(
         WithNorms(),
         EngineConfig(precision="fp32"),
-        OptimizerConfig(),
+        SGDConfig(),
         micro_batch=3,
         group=dist.group.WORLD,
         device=torch.device("cpu"),
@@ -215,7 +216,7 @@ def with_and_without_faults(rank):
             engine = Engine(
                 WithBatchNorm(),
                 EngineConfig(precision="fp32", zero_stage=stage),
-                OptimizerConfig(kind=kind, weight_decay=0.05, clip_norm=1.0),
+                OPTIMIZERS[kind](weight_decay=0.05, clip_norm=1.0),
                 micro_batch=3,
                 group=dist.group.WORLD,
                 device=torch.device("cpu"),

@@ -1,7 +1,7 @@
-"""Networks: plain modules that know nothing of ranks.
+"""Networks: plain modules, independent of ranks.
 
 A module of this package holds a network and, beside it, its configuration, a subclass of `BackboneConfig`.
-Every such subclass with a `name` of its own is offered by `AnyBackbone`: a new network is one new module.
+`AnyBackbone` contains every such subclass that defines a `name`: a new network is one new module.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _named(config: type[BackboneConfig]) -> Iterator[type[BackboneConfig]]:
 
 
 def _with_name(value: Any) -> Any:
-    """Take a table without a `name` as that of the default network."""
+    """Set the default network's name in a table without a `name`."""
     return {"name": _DEFAULT, **value} if isinstance(value, dict) else value
 
 
@@ -56,7 +56,7 @@ else:
 
 
 def parse(keys: dict[str, Any]) -> BackboneConfig:
-    """Return the configuration that a table of keys describes. Raises ValueError if it is none."""
+    """Return the configuration that a table of keys describes. Raises ValueError for invalid keys."""
     found: BackboneConfig = TypeAdapter(AnyBackbone).validate_python(keys)
     return found
 

@@ -1,11 +1,11 @@
-"""What the trainer sees of any network: images in, an embedding and the norms of its branches out.
+"""The interface between the trainer and any network: images in, embeddings and the branches' norms out.
 
-A network knows nothing of ranks. Statistics over the whole batch are therefore not its business: it returns
-the norms, the training step gathers them and hands all of them to `update_statistics`, the same on every
-rank; `forward` only reads what was accumulated.
+A network is independent of ranks. Its statistics over the whole batch are updated from outside: `forward`
+returns the norms, the training step gathers those of all ranks, and `update_statistics` receives all of them,
+the same on every rank.
 
-Shapes: B images of one rank, G of the global batch; C channels, H x W pixels or cells; D the embedding's
-length; K branches.
+Shapes: B images of one rank, G of the global batch; C channels, H x W pixels or cells; D the embedding size;
+K branches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class BackboneConfig(BaseModel):
-    """The keys that all backbones have; a subclass names itself, adds its keys and builds its network."""
+    """The keys of all backbones; a subclass defines its `name`, adds its keys and builds its network."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,23 +29,23 @@ class BackboneConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="share of zeroed inputs of the last linear layers; in vit of what enters and leaves the "
-        "blocks' layers",
+        description="fraction of values that dropout sets to zero: inputs of the last linear layers; in vit "
+        "the tokens and the outputs of the blocks' layers",
     )
     weights: Path | None = Field(
         None,
-        description="file of the weights with which a new run starts: a state dict by InsightFace's names, "
-        "for lgaf that of its global branch, or a file of `lgaf checkpoint extract`; by default random ones",
+        description="file of initial weights for a new run: a state dict with InsightFace's names (for lgaf "
+        "that of its global branch), or a file of `lgaf checkpoint extract`; by default weights are random",
     )
     recompute: bool = Field(
         False,
-        description="keep only what enters a block, and compute its inside again in the backward pass: much "
-        "less memory, about a third more work, the same results",
+        description="keep only the input of each block, and recompute its activations in the backward pass: "
+        "much less memory, about a third more computation, the same results",
     )
 
     @property
     def narrowest_convolution(self) -> int | None:
-        """Channels of the narrowest convolution; None if that is not limited by anything."""
+        """Channels of the narrowest convolution; None for a network to which no limit applies."""
         return None
 
     def build(self, image_size: int) -> Backbone:
@@ -54,12 +54,13 @@ class BackboneConfig(BaseModel):
 
 
 class Features(NamedTuple):
-    """What a network says of B images, in float32.
+    """A network's output for B images, in float32.
 
-    `emb_BD`: the embedding; its direction says who, its length how good the image is. `norm_BK`: the feature
-    norm of each branch, detached; no columns (K = 0) where a network has no branches. `branch_BKD`: what each
-    branch alone says, as long as the embedding; None where the branches have no share of the loss. `penalty`:
-    what training adds to the loss, a mean over the images, scalar and attached; None where there is nothing.
+    emb_BD: the embeddings; the direction represents the identity, the norm the quality of the image.
+    norm_BK: the feature norm of each branch, detached; no columns (K = 0) for a network without branches.
+    branch_BKD: the unit feature of each branch, scaled to the embedding's norm; None if the branches have no
+    share of the loss. penalty: a term of the training loss, the mean over the images, a scalar with its
+    autograd graph; None if there is none.
     """
 
     emb_BD: Tensor
@@ -67,36 +68,36 @@ class Features(NamedTuple):
     branch_BKD: Tensor | None = None
     penalty: Tensor | None = None
 
-    def judged(self) -> Tensor:
-        """All that the loss looks at [B, 1 + K, D]: embedding, then branches; `loss_shares` weighs them."""
+    def loss_inputs(self) -> Tensor:
+        """Return the inputs of the loss [B, 1 + K, D]: embedding, then branches; see `loss_shares`."""
         emb_B1D = self.emb_BD[:, None]
         return emb_B1D if self.branch_BKD is None else torch.cat([emb_B1D, self.branch_BKD], dim=1)
 
 
 class Backbone(nn.Module):
-    """A network for square images of one size, in [-1, 1]."""
+    """A network for square images of one size, with values in [-1, 1]."""
 
     embedding_size: int
     branches: int
     undecayed: frozenset[str] = frozenset()
-    """Names of parameters without weight decay, besides those of one dimension, which have none anyway."""
+    """Names of parameters without weight decay, in addition to all parameters of one dimension."""
 
     @property
     def loss_shares(self) -> tuple[float, ...]:
-        """The parts of the loss, 1 in all, that fall to the embedding and to each branch."""
+        """Weights in the loss of the embedding and of each branch; their sum is 1."""
         return (1.0,)
 
     def forward(self, images_BCHW: Tensor) -> Features:
-        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        """Embed the images. Raises ValueError if they have another size than the network was built for."""
         raise NotImplementedError
 
     @property
     def global_branch(self) -> Backbone:
-        """The part that alone is a network of the field: its published weights load there."""
+        """The part of the network into which the published weights of an architecture can be loaded."""
         return self
 
     def update_statistics(self, norm_GK: Tensor) -> None:
-        """Accumulate the norms of one global batch; nothing for a network without branches."""
+        """Update running statistics by the norms of one global batch; a network without branches has none."""
         assert norm_GK.shape[1] == self.branches == 0
 
 
@@ -105,16 +106,16 @@ def check_size(images_BCHW: Tensor, image_size: int) -> None:
     height, width = images_BCHW.shape[-2:]
     if (height, width) != (image_size, image_size):
         raise ValueError(
-            f"the network was built for images of {image_size}x{image_size} pixels, found {height}x{width}; "
-            "resize them, or set data.image_size and train anew"
+            f"expected images of {image_size}x{image_size} pixels, for which the network was built, found "
+            f"{height}x{width}; resize them, or train another network with data.image_size set to their size"
         )
 
 
 def parameter_groups(model: Backbone, weight_decay: float) -> list[dict]:
-    """Two groups for torch.optim: matrices and kernels with decay; biases, norms' weights, PReLU and what the
-    network excepts by name without.
+    """Return two groups for torch.optim: matrices and kernels with weight decay, all others without.
 
-    Frozen parameters are in neither.
+    The others are biases, weights of normalisation layers, PReLU and the model's `undecayed`. Frozen
+    parameters are in neither group.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed = {name for name, p in trained.items() if p.ndim > 1} - model.undecayed

@@ -2,8 +2,8 @@
 
     images -> stem -> four stages, each halving the side -> BN, dropout, fc, BN -> embedding
 
-Parameters have InsightFace's names and shapes (recognition/arcface_torch/backbones/iresnet.py), so that its
-published checkpoints load here and ours load there; so has the initialisation its values.
+Names, shapes and initialisation of the parameters are InsightFace's (recognition/arcface_torch/backbones/
+iresnet.py), so that published checkpoints can be loaded here and checkpoints of this project there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from trainer.backbones.recompute import run
 STAGES = 4
 STAGE_NAMES = [f"layer{number}" for number in range(1, STAGES + 1)]
 _CONV_STD = 0.1
-
 
 Depth = Literal[18, 34, 50, 100, 200]
 
@@ -84,7 +83,7 @@ class IResNetConfig(TrunkConfig):
 class IResNet(Backbone):
     """IResNet with four stages of `blocks` blocks and `width` x 1, 2, 4, 8 channels.
 
-    `channels` and `sides` (cells) say what the maps of the stages look like.
+    channels, sides: the channels of the stages' output maps, and the height and width in cells.
     """
 
     branches = 0
@@ -120,12 +119,12 @@ class IResNet(Backbone):
         initialise(self)
 
     def forward(self, images_BCHW: Tensor) -> Features:
-        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        """Embed the images. Raises ValueError if they have another size than the network was built for."""
         emb_BD = self.embed(self.maps(images_BCHW)[-1])
         return Features(emb_BD, emb_BD.new_empty(emb_BD.shape[0], 0))
 
     def maps(self, images_BCHW: Tensor) -> list[Tensor]:
-        """The outputs of the stages."""
+        """Return the output maps of the stages."""
         check_size(images_BCHW, self.image_size)
         map_BCHW, maps = self.prelu(self.bn1(self.conv1(images_BCHW))), []
         for stage in self.stages:
@@ -136,22 +135,22 @@ class IResNet(Backbone):
 
     @property
     def stages(self) -> list[nn.Sequential]:
-        """The stages that there are: all four, unless the network was cut."""
+        """All four stages, or fewer after `cut`."""
         return [getattr(self, name) for name in STAGE_NAMES if hasattr(self, name)]
 
     def cut(self, stages: int) -> None:
-        """Keep the first `stages` stages, for who wants their maps: no later ones, and no embedding."""
+        """Remove the embedding's layers and all stages after the first `stages`; only maps remain."""
         for name in (*STAGE_NAMES[stages:], "bn2", "dropout", "fc", "features"):
             delattr(self, name)
 
     def embed(self, map_BCHW: Tensor) -> Tensor:
-        """The embedding [B, D] of the last stage's map, in float32."""
+        """Return the embedding [B, D] of the last stage's map, in float32."""
         cells = self.dropout(self.bn2(map_BCHW).flatten(1))
         return project(cells, self.fc, self.features)
 
 
 class IBasicBlock(nn.Module):
-    """BN, conv, BN, PReLU, conv (which takes the stride), BN, added to the input or its projection."""
+    """BN, conv, BN, PReLU, conv (with the stride), BN; the sum with the input or its projection."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -168,7 +167,7 @@ class IBasicBlock(nn.Module):
             )
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """The block's output; half the side if the stride is 2."""
+        """Return the block's output; a stride of 2 halves the height and width."""
         out = self.prelu(self.bn2(self.conv1(self.bn1(map_BCHW))))
         out = self.bn3(self.conv2(out))
         return out + (map_BCHW if self.downsample is None else self.downsample(map_BCHW))
@@ -181,23 +180,23 @@ def _stage(inputs: int, channels: int, blocks: int) -> nn.Sequential:
 
 
 def feature_norm(size: int) -> nn.BatchNorm1d:
-    """The last BN of a branch: its weight is 1 and not trained, so that only the bias moves."""
+    """Return the last BN of a branch: its weight is fixed at 1, and only its bias is trained."""
     norm = nn.BatchNorm1d(size)
     norm.weight.requires_grad = False
     return norm
 
 
 def project(cells_BN: Tensor, fc: nn.Linear, norm: nn.BatchNorm1d) -> Tensor:
-    """Linear layer and BN in the parameters' precision, whatever autocast says; the result in float32.
+    """Apply a linear layer and BN in the parameters' precision, without autocast; return float32.
 
-    Feature norms are read from this, for which the 8 bits of bfloat16 are too few.
+    The 8 significant bits of bfloat16 are too few for the norm of the feature.
     """
     with torch.autocast(cells_BN.device.type, enabled=False):
         return norm(fc(cells_BN.to(fc.weight.dtype))).float()
 
 
 def initialise(model: nn.Module) -> None:
-    """Kernels normal with deviation 0.1, their biases 0; all else as torch has it (BN: 1 and 0)."""
+    """Initialise kernels: normal with standard deviation 0.1, biases 0; the rest keeps torch's values."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, _CONV_STD)

@@ -1,11 +1,11 @@
-"""LGAF (arXiv 2411.16169): local and global features of a face, fused by how good each of them is.
+"""LGAF (arXiv 2411.16169): local and global features of a face, fused according to their quality.
 
     images -> trunk -+-> last stage --> GFE: BN, fc, BN ---------> global feature -+-> LGF -> embedding
                      +-> stage 2 -----> MHMS: heads, pool, fc, BN -> local feature -+
 
-A feature's norm tells its quality. LGF standardises each branch's norm by running statistics, turns both
-into attention weights, and adds the unit features with these weights. `docs/lgaf.md` says which of this the
-paper states and which is our reading. Branches are always in the order global, local.
+A feature's norm measures its quality. LGF standardises each branch's norm by running statistics, turns the
+norms into attention weights, and adds the unit features with these weights. `docs/lgaf.md` lists the paper's
+statements and this project's own choices. Branches are always in the order global, local.
 
 Shapes: as in `base`; K = 2 branches.
 """
@@ -46,13 +46,13 @@ class MHMSConfig(BaseModel):
     )
     shared_attention: bool = Field(
         True,
-        description="whether LANet's attention is divided by its mean over the map: what some cells lose the "
-        "others get",
+        description="divide LANet's attention by its mean over the map, so that the attention lost by some "
+        "cells goes to the others",
     )
     grid: int = Field(
         7,
         ge=1,
-        description="side of the grid into which a head's map is averaged, cells; at most the map's",
+        description="side of the grid to which a head's map is averaged, cells; limited to the map's side",
     )
     divergence: float = Field(
         0.0,
@@ -63,15 +63,15 @@ class MHMSConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="chance that a head is left out of a training step for an image; the rest is scaled up",
+        description="probability that a head is dropped for an image in training; the others are scaled up",
     )
 
     @model_validator(mode="after")
     def _has_heads_to_compare(self) -> MHMSConfig:
         if self.divergence and len(self.heads) < 2:
             raise ValueError(
-                f"divergence = {self.divergence:g} compares heads with each other: expected at least two, "
-                "found one; set divergence to 0, or add heads"
+                f"divergence = {self.divergence:g}, which compares heads: expected at least two heads, found "
+                "one; set divergence to 0, or add heads"
             )
         return self
 
@@ -81,8 +81,8 @@ class MHMSConfig(BaseModel):
         for number, kernels in enumerate(heads):
             if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
                 raise ValueError(
-                    f"head {number} has kernel sizes {list(kernels)}, expected at least one, each odd and "
-                    "positive, so that the map keeps its size; an example: [[1, 3], [3, 5]]"
+                    f"head {number}: expected at least one kernel size, each odd and positive, so that the "
+                    f"map keeps its size, found {list(kernels)}; an example: [[1, 3], [3, 5]]"
                 )
         return heads
 
@@ -101,16 +101,16 @@ class LGFConfig(BaseModel):
         3.0, gt=0, description="largest size of a standardised feature norm, standard deviations"
     )
     learned: bool = Field(
-        False, description="whether the loss also teaches the feature norms, through the attention weights"
+        False, description="let the loss also train the feature norms, through the attention weights"
     )
     branch_share: float = Field(
         0.5,
         ge=0,
         lt=1,
-        description="share of the loss that falls to what each branch alone says, by the same class centres",
+        description="share of the loss for the branches' own features, with the same class centres",
     )
     momentum: float = Field(
-        0.01, gt=0, le=1, description="share of the newest batch in the running statistics of the norms"
+        0.01, gt=0, le=1, description="weight of the newest batch in the running statistics of the norms"
     )
 
 
@@ -130,8 +130,7 @@ class LGAFConfig(TrunkConfig):
 
 
 class Fusion(NamedTuple):
-    """What LGF makes of B images: embedding, and per branch unit feature, norm, standardised norm and
-    attention weight."""
+    """LGF's output: embedding; for each branch unit feature, norm, standardised norm, attention weight."""
 
     emb_BD: Tensor
     unit_BKD: Tensor
@@ -143,7 +142,7 @@ class Fusion(NamedTuple):
 class LGAF(Backbone):
     """An IResNet trunk with its own embedding as the global branch, MHMS as the local one, and LGF.
 
-    With `local_only` the global branch is left out, and of the trunk what comes after MHMS's map.
+    With `local_only`, the global branch is omitted, and so are the trunk's layers after MHMS's input map.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ class LGAF(Backbone):
         self.mhms = MHMS(inputs, side, trunk.embedding_size, mhms, dropout, recompute)
         self._divergence = mhms.divergence
         self.lgf = LGF(trunk.embedding_size, self.branches, lgf)
-        # One branch alone says what the embedding says.
+        # The feature of a single branch has the embedding's direction.
         self._branch_share = 0.0 if local_only else lgf.branch_share
         self._local_only = local_only
         if local_only:
@@ -171,13 +170,13 @@ class LGAF(Backbone):
 
     @property
     def loss_shares(self) -> tuple[float, ...]:
-        """The branches divide `branch_share` evenly."""
+        """Weights in the loss; the branches divide `branch_share` evenly."""
         if self._branch_share == 0:
             return (1.0,)
         return 1 - self._branch_share, *[self._branch_share / self.branches] * self.branches
 
     def forward(self, images_BCHW: Tensor) -> Features:
-        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        """Embed the images. Raises ValueError if they have another size than the network was built for."""
         fusion, attention_BHN = self._fuse(images_BCHW)
         branch_BKD = penalty = None
         if self.training and self._branch_share:
@@ -187,7 +186,7 @@ class LGAF(Backbone):
         return Features(fusion.emb_BD, fusion.norm_BK.detach(), branch_BKD, penalty)
 
     def fuse(self, images_BCHW: Tensor) -> Fusion:
-        """The same with both qualities and attention weights."""
+        """Embed the images, and return also norms, qualities and attention weights of the branches."""
         return self._fuse(images_BCHW)[0]
 
     def _fuse(self, images_BCHW: Tensor) -> tuple[Fusion, Tensor]:
@@ -198,11 +197,11 @@ class LGAF(Backbone):
 
     @property
     def global_branch(self) -> Backbone:
-        """The trunk, whose own embedding is the global feature; the whole network where there is none."""
+        """The trunk, whose own embedding is the global feature; with `local_only` the whole network."""
         return self if self._local_only else self.trunk
 
     def update_statistics(self, norm_GK: Tensor) -> None:
-        """Accumulate the norms of one global batch into LGF's running statistics."""
+        """Update LGF's running statistics by the norms of one global batch."""
         self.lgf.update_statistics(norm_GK)
 
 
@@ -215,13 +214,13 @@ class LGF(nn.Module):
     def __init__(self, size: int, branches: int, config: LGFConfig) -> None:
         super().__init__()
         self._config = config
-        # A feature leaves its BN with variance 1 in each of its entries, hence with this norm. The deviation
-        # starts wide, so that attention starts near equal weights.
+        # BN gives each entry of a feature variance 1, and so the feature this norm. The deviation starts
+        # large, so that the attention weights start nearly equal.
         self.register_buffer("norm_mean", torch.full((branches,), math.sqrt(size)))
         self.register_buffer("norm_std", torch.full((branches,), math.sqrt(size)))
 
     def forward(self, feature_BKD: Tensor) -> Fusion:
-        """Fuse the branches' features; the embedding is as long as the attended mean of their norms."""
+        """Fuse the branches' features; the embedding's norm is the attention-weighted mean of their norms."""
         with torch.autocast(feature_BKD.device.type, enabled=False):
             norm_BK = (feature_BKD if self._config.learned else feature_BKD.detach()).norm(dim=2)
             quality_BK = ((norm_BK - self.norm_mean) / (self.norm_std + _EPS)).clamp(
@@ -243,10 +242,10 @@ class LGF(nn.Module):
 
 
 def batch_statistics(norm_GK: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [K] of each branch's norms, float32.
+    """Return mean and standard deviation [K] of each branch's norms, float32.
 
-    Sums of float32 numbers are exact in float64, so that the order of the batch is no matter; the running
-    mean of torch.std_mean is not.
+    Sums are in float64, where those of float32 numbers are exact, so that the result does not depend on the
+    order of the batch. That of torch.std_mean does.
     """
     norm_GK = norm_GK.double()
     mean_K = norm_GK.mean(0)
@@ -254,23 +253,25 @@ def batch_statistics(norm_GK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def similarity(attention_BHN: Tensor) -> Tensor:
-    """How much the heads look at the same cells: the mean cosine of two heads' attention, from 0 to 1.
+    """Return the mean cosine between two heads' spatial attention, from 0 to 1: a scalar in float32.
 
-    Wang et al. ask diverse attention of face networks (Hierarchical Pyramid Diverse Attention Networks, CVPR
-    2020); the mean over pairs of heads is Li et al.'s (Multi-Head Attention with Disagreement Regularization,
-    arXiv 1810.10183). Of cosines, as sigmoid attention has no fixed sum: a product would fall when all heads
-    look at everything less. Scalar, attached, in float32.
+    Diverse attention in face networks: Wang et al., Hierarchical Pyramid Diverse Attention Networks, CVPR
+    2020. Mean over pairs of heads: Li et al., Multi-Head Attention with Disagreement Regularization, arXiv
+    1810.10183. Cosines are used because sigmoid attention has no fixed sum: a plain product could be lowered
+    by less attention everywhere.
     """
     unit_BHN = F.normalize(attention_BHN.float(), dim=2)
     heads = unit_BHN.shape[1]
     with torch.autocast(unit_BHN.device.type, enabled=False):
-        sum_B = unit_BHN.sum(1).square().sum(1)  # over all pairs, those of a head with itself included
+        sum_B = unit_BHN.sum(1).square().sum(1)  # over all pairs, including each head with itself
     return ((sum_B - heads) / (heads * (heads - 1))).mean()
 
 
 class MHMS(nn.Module):
-    """Multi-head multi-scale local feature extraction: a map [B, C, H, W] to the local feature [B, D], and
-    where each head looks [B, heads, H * W]."""
+    """Multi-head multi-scale local feature extraction.
+
+    It maps [B, C, H, W] to the local feature [B, D] and each head's spatial attention [B, heads, H * W].
+    """
 
     def __init__(
         self,
@@ -292,7 +293,7 @@ class MHMS(nn.Module):
         initialise(self)
 
     def forward(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The local feature, in float32, and the heads' attention."""
+        """Return the local feature, in float32, and the heads' spatial attention."""
         cells, attentions = zip(
             *(run(head, map_BCHW, recompute=self._recompute) for head in self.heads), strict=True
         )
@@ -302,7 +303,7 @@ class MHMS(nn.Module):
 
 
 class Head(nn.Module):
-    """MSNet, LANet, SE, and the mean over each cell of a grid."""
+    """MSNet, LANet, SE, and average pooling to a grid."""
 
     def __init__(
         self, inputs: int, channels: int, kernels: Sequence[int], config: MHMSConfig, grid: int
@@ -314,14 +315,14 @@ class Head(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(grid)
 
     def forward(self, map_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid's cells [B, channels * grid^2] and the spatial attention [B, H * W]."""
+        """Return the grid's cells [B, channels * grid^2] and the spatial attention [B, H * W]."""
         map_BCHW = self.msnet(map_BCHW)
         attention_B1HW = self.lanet(map_BCHW)
         return self.pool(self.se(map_BCHW * attention_B1HW)).flatten(1), attention_B1HW.flatten(1)
 
 
 class MSNet(nn.Module):
-    """Convolutions of several kernel sizes side by side on one map, fused by a 1x1 convolution."""
+    """Parallel convolutions of several kernel sizes, fused by a 1x1 convolution."""
 
     def __init__(self, inputs: int, channels: int, kernels: Sequence[int]) -> None:
         super().__init__()
@@ -329,7 +330,7 @@ class MSNet(nn.Module):
         self.fuse = _conv_bn_prelu(len(kernels) * channels, channels, 1)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """A map of the same height and width."""
+        """Return a map of the same height and width."""
         return self.fuse(torch.cat([scale(map_BCHW) for scale in self.scales], dim=1))
 
 
@@ -339,10 +340,10 @@ def _conv_bn_prelu(inputs: int, channels: int, kernel: int) -> nn.Sequential:
 
 
 class LANet(nn.Module):
-    """Spatial attention: every cell is to be scaled by one number in (0, 1) that its own channels decide.
+    """Spatial attention: one factor in (0, 1) for every cell, computed from the cell's own channels.
 
-    With `shared`, by that number over its mean: what some cells lose the others get, so that a map of which
-    a part is hidden is no weaker than a whole one.
+    With `shared`, the factors are divided by their mean over the map, so that a partly occluded face yields a
+    local feature as strong as that of a visible one.
     """
 
     def __init__(self, channels: int, reduction: int, shared: bool = False) -> None:
@@ -353,7 +354,7 @@ class LANet(nn.Module):
         self.excite = nn.Conv2d(inner, 1, 1)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """The attention [B, 1, H, W], to be multiplied with the map."""
+        """Return the attention [B, 1, H, W], by which the caller multiplies the map."""
         attention_B1HW = torch.sigmoid(self.excite(F.relu(self.squeeze(map_BCHW))))
         if self._shared:
             attention_B1HW = attention_B1HW / (attention_B1HW.mean((2, 3), keepdim=True) + _EPS)
@@ -361,7 +362,7 @@ class LANet(nn.Module):
 
 
 class SE(nn.Module):
-    """Channel attention: every channel is scaled by one number in (0, 1) that all channels' means decide."""
+    """Channel attention: one factor in (0, 1) for every channel, computed from the means of all channels."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -370,6 +371,6 @@ class SE(nn.Module):
         self.excite = nn.Conv2d(inner, channels, 1)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """The attended map."""
+        """Return the map multiplied by the attention."""
         mean_BC11 = F.adaptive_avg_pool2d(map_BCHW, 1)
         return map_BCHW * torch.sigmoid(self.excite(F.relu(self.squeeze(mean_BC11))))

@@ -1,6 +1,7 @@
-"""A block whose insides are forgotten after the forward pass and computed again in the backward pass.
+"""Recomputation of a block's activations in the backward pass, instead of keeping them.
 
-The memory of a deep network's maps for the work of one more forward pass; values and gradients stay the same.
+It saves the memory of a deep network's activations and costs one more forward pass. Values and gradients are
+unchanged.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run(block: nn.Module, map: Tensor, *, recompute: bool) -> Any:
-    """What `block` makes of `map`; with `recompute` only `map` itself is kept for the backward pass.
+    """Return the output of `block` for `map`; with `recompute`, keep only `map` for the backward pass.
 
-    Random masks are drawn again as they were. BatchNorm's running statistics move once.
+    The recomputation uses the same dropout masks, and BatchNorm's running statistics are updated only once.
     """
     if not (recompute and torch.is_grad_enabled()):
         return block(map)
@@ -31,7 +32,7 @@ def run(block: nn.Module, map: Tensor, *, recompute: bool) -> Any:
 
 @contextlib.contextmanager
 def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    """Let BatchNorms move copies of their statistics: the forward pass has moved these already."""
+    """Let BatchNorms update copies of their running statistics: the forward pass has updated them."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     own = [dict(norm._buffers) for norm in norms]
     for norm in norms:

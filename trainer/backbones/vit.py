@@ -1,13 +1,13 @@
-"""InsightFace's vision transformer for faces: every patch is a token, and the embedding reads all of them.
+"""InsightFace's vision transformer for faces: every patch is a token, and the embedding reads all tokens.
 
-    images -> patches -> + positions -> some hidden -> blocks -> norm -> hidden ones filled in -> feature
+    images -> patches -> + positions -> masking -> blocks -> norm -> masked tokens restored -> feature
 
-`feature` is a linear layer over all tokens of the face, BN, a linear layer, BN. In training a share of the
-tokens is hidden from the blocks, and one learned token stands where they were.
+`feature` is a linear layer over all tokens of the face, BN, a linear layer, BN. In training, a fraction of
+the tokens is masked: the blocks do not receive them, and a learned token replaces them before `feature`.
 
-Parameters have InsightFace's names and shapes (recognition/arcface_torch/backbones/vit.py); so has the
-initialisation its values. Its convolution of the patches does not reach the last pixels of a side that the
-patch does not divide: with 112 and 9 four at the right and at the bottom.
+Names, shapes and initialisation of the parameters are InsightFace's (recognition/arcface_torch/backbones/
+vit.py). If the patch does not divide the image size, the last pixels of a side are unused: with 112 and 9,
+four on the right and at the bottom.
 
 Shapes: as in `base`; N tokens of width E.
 """
@@ -40,16 +40,16 @@ class ViTConfig(BackboneConfig):
     size: Literal["T", "S", "B", "L"] = Field(
         "B", description="width and number of blocks: T 256 and 12, S 512 and 12, B 512 and 24, L 768 and 24"
     )
-    patch: int = Field(9, ge=1, description="side of the patch of image that becomes a token, pixels")
+    patch: int = Field(9, ge=1, description="side of the image patch of one token, pixels")
     drop_path: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="chance that the last block's attention, or its MLP, is left out for an image in "
-        "training; it rises linearly from 0 at the first",
+        description="probability that the last block's attention, or its MLP, is skipped for an image in "
+        "training; it rises linearly from 0 for the first block",
     )
     mask_ratio: float = Field(
-        0.1, ge=0, lt=1, description="share of the tokens that are hidden from the blocks in training"
+        0.1, ge=0, lt=1, description="fraction of the tokens that are masked in training"
     )
 
     @property
@@ -68,7 +68,7 @@ class ViTConfig(BackboneConfig):
 
 
 class ViT(Backbone):
-    """A vision transformer as large as `config.size` says."""
+    """A vision transformer of the size `config.size`."""
 
     branches = 0
     undecayed = frozenset({"pos_embed", "mask_token"})
@@ -89,12 +89,12 @@ class ViT(Backbone):
         tokens = (image_size // config.patch) ** 2
         if tokens == 0:
             raise ValueError(
-                f"backbone.patch is {config.patch} pixels, expected at most data.image_size, {image_size}"
+                f"backbone.patch: expected at most data.image_size, {image_size} pixels, found {config.patch}"
             )
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, config.patch, config.patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
         self.pos_drop = nn.Dropout(dropout)
-        # The deeper, the more often a block is left out.
+        # Deeper blocks are skipped more often.
         chances = torch.linspace(0, config.drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, dropout, chance) for chance in chances)
         self.norm = nn.LayerNorm(width)
@@ -108,26 +108,26 @@ class ViT(Backbone):
         _initialise(self)
 
     def forward(self, images_BCHW: Tensor) -> Features:
-        """Embed the images. Raises ValueError if they are not of the size the network was built for."""
+        """Embed the images. Raises ValueError if they have another size than the network was built for."""
         check_size(images_BCHW, self.image_size)
         token_BNE = self.patch_embed["proj"](images_BCHW).flatten(2).transpose(1, 2)
         token_BNE = self.pos_drop(token_BNE + self.pos_embed)
-        seen_BN = self._seen(token_BNE) if self.training and self._mask_ratio else None
-        if seen_BN is not None:
-            token_BNE = _at(token_BNE, seen_BN)
+        kept_BN = self._kept_tokens(token_BNE) if self.training and self._mask_ratio else None
+        if kept_BN is not None:
+            token_BNE = _at(token_BNE, kept_BN)
         for block in self.blocks:
             token_BNE = run(block, token_BNE, recompute=self._recompute)
         token_BNE = self.norm(token_BNE.float())
-        if seen_BN is not None:
+        if kept_BN is not None:
             everywhere_BNE = self.mask_token.float().expand(len(token_BNE), self.pos_embed.shape[1], -1)
-            token_BNE = everywhere_BNE.scatter(1, seen_BN[:, :, None].expand_as(token_BNE), token_BNE)
-        # Norms are read from this, for which the 8 bits of bfloat16 are too few.
+            token_BNE = everywhere_BNE.scatter(1, kept_BN[:, :, None].expand_as(token_BNE), token_BNE)
+        # In float32: the 8 significant bits of bfloat16 are too few for the embedding's norm.
         with torch.autocast(token_BNE.device.type, enabled=False):
             emb_BD = self.feature(token_BNE.flatten(1))
         return Features(emb_BD, emb_BD.new_empty(emb_BD.shape[0], 0))
 
-    def _seen(self, token_BNE: Tensor) -> Tensor:
-        """Which tokens the blocks are to see: equally many for each image, drawn anew."""
+    def _kept_tokens(self, token_BNE: Tensor) -> Tensor:
+        """Return the positions of the tokens to keep: equally many for each image, drawn at random."""
         images, tokens = token_BNE.shape[:2]
         order_BN = torch.rand(images, tokens, device=token_BNE.device).argsort(1)
         return order_BN[:, : int(tokens * (1 - self._mask_ratio))]
@@ -138,7 +138,7 @@ def _at(token_BNE: Tensor, index_BM: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input unless it is left out, with chance `drop_path` per image."""
+    """Attention and MLP, each added to its input; each is skipped with probability `drop_path` per image."""
 
     def __init__(self, width: int, dropout: float, drop_path: float) -> None:
         super().__init__()
@@ -149,12 +149,12 @@ class Block(nn.Module):
         self.mlp = MLP(width, dropout)
 
     def forward(self, token_BNE: Tensor) -> Tensor:
-        """Tokens of the same shape."""
+        """Return tokens of the same shape."""
         token_BNE = token_BNE + self._kept(self.attn(self.norm1(token_BNE)))
         return token_BNE + self._kept(self.mlp(self.norm2(token_BNE)))
 
     def _kept(self, change_BNE: Tensor) -> Tensor:
-        """Zero for some images, scaled up for the others."""
+        """Return the change, zero for some images and scaled up for the others."""
         return change_BNE * F.dropout(
             change_BNE.new_ones(change_BNE.shape[0], 1, 1), self._drop_path, self.training
         )
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, token_BNE: Tensor) -> Tensor:
-        """Tokens of the same shape."""
+        """Return tokens of the same shape."""
         # [B, N, (3, heads, E / heads)] -> 3 x [B, heads, N, E / heads]
         q, k, v = self.qkv(token_BNE).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         attended_BNE = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -187,12 +187,12 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, token_BNE: Tensor) -> Tensor:
-        """Tokens of the same shape."""
+        """Return tokens of the same shape."""
         return self.drop(self.fc2(self.drop(F.relu6(self.fc1(token_BNE)))))
 
 
 def _initialise(model: ViT) -> None:
-    """Linear layers, positions and the token of the hidden: normal with deviation 0.02; biases 0."""
+    """Initialise linear layers, positions and mask token: normal with standard deviation 0.02; biases 0."""
     nn.init.normal_(model.mask_token, std=_STD)
     nn.init.trunc_normal_(model.pos_embed, std=_STD)
     for module in model.modules():

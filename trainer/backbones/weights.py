@@ -1,8 +1,8 @@
 """Initial weights from a file: a published checkpoint of InsightFace, or one of `lgaf checkpoint extract`.
 
-    file -> state dict -> the network, or its global branch alone, whichever has these names -> loaded
+    file -> state dict -> the network or its global branch, whichever has these names
 
-The names, shapes and constants are compared first: a file that does not fit is refused as a whole.
+Names, shapes and constants are compared first, so that no weight is changed by a file of another network.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SHOWN = 5
 
 
 def load(model: Backbone, file: Path) -> int:
-    """Set the weights of `model`, or of its global branch, to those in `file`; returns a sum of its bytes.
+    """Set the weights of `model`, or of its global branch, to those in `file`; return the file's CRC-32.
 
-    The file is a state dict by the network's names (for iresnet and vit those of InsightFace's
-    arcface_torch), or what `lgaf checkpoint extract` writes.
+    The file is a state dict with the network's names (for iresnet and vit those of InsightFace's
+    arcface_torch), or a file of `lgaf checkpoint extract`.
 
-    Raises ValueError, naming the file and the first tensors that do not fit, if it is of another network.
+    Raises ValueError, naming the file and the first tensors that differ, if it is of another network.
     """
     state, crc32 = _read(file)
     target = max((model, model.global_branch), key=lambda part: len(part.state_dict().keys() & state.keys()))
@@ -33,8 +33,8 @@ def load(model: Backbone, file: Path) -> int:
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(
-            f"backbone.weights = {file}: of another network than [backbone] describes: "
-            f"{'; '.join(faults[:_SHOWN])}{more}; use its configuration, or another file"
+            f"backbone.weights = {file}: expected the weights of the network in [backbone], found those of "
+            f"another: {'; '.join(faults[:_SHOWN])}{more}; use its configuration, or another file"
         )
     target.load_state_dict(state)
     return crc32
@@ -54,7 +54,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], int]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"backbone.weights = {file}: expected a dictionary of tensors by name, or a file of `lgaf "
-            "checkpoint extract`, found something else; save the network's state_dict() alone"
+            "checkpoint extract`, found other values; save only the network's state_dict()"
         )
     return state, zlib.crc32(content)
 
@@ -70,9 +70,9 @@ def _faults(target: nn.Module, state: dict[str, Tensor]) -> list[str]:
     ]
     if faults:
         return faults
-    # Constants of the architecture are not kept in a run's checkpoints: another value would be lost there.
+    # Constants of the architecture are not saved in a run's checkpoints, so that another value would be lost.
     return [
-        f"{name} is not the constant {constant.flatten()[0].item():g} that the network has there"
+        f"{name} differs from the network's constant {constant.flatten()[0].item():g}"
         for name, constant in target.named_parameters()
         if not constant.requires_grad and not torch.equal(state[name].to(constant), constant)
     ]

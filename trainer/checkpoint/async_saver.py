@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint import sharded
 from trainer.checkpoint.directory import CheckpointError, Header
 from trainer.checkpoint.sharded import State
 from trainer.config import CheckpointConfig
@@ -141,7 +141,7 @@ class Saver:
         """Copy this rank's part of a state to reused memory, which is pinned if there is a GPU."""
         rank, size = self._group.rank(), self._group.size()
         copied: State = {}
-        for part, tensors in checkpoint.share_out(state, rank, size).items():
+        for part, tensors in sharded.share_out(state, rank, size).items():
             copied[part] = {name: self._copy_tensor((part, name), tensor) for name, tensor in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
@@ -159,7 +159,7 @@ class Saver:
         )
 
     def _write(self, copied: State, header: Header) -> Path:
-        return checkpoint.save(
+        return sharded.save(
             self._run_dir,
             copied,
             header,

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer.checkpoint import directory as files
-from trainer.checkpoint import storage
+from trainer.checkpoint import directory, storage
 from trainer.checkpoint.checksummed_file import FileSum, SummedFile, open_regular
 from trainer.checkpoint.directory import CheckpointError
 
@@ -65,11 +64,11 @@ def convert(checkpoint: Path) -> None:
     damaged or was not written by torch.
     """
     checkpoint = checkpoint.resolve()
-    manifest = files.read_manifest(checkpoint)
-    problem = files.damage(checkpoint)
+    manifest = directory.read_manifest(checkpoint)
+    problem = directory.damage(checkpoint)
     if problem is not None:
         raise CheckpointError(f"{problem}; the checkpoint is damaged and is left unchanged")
-    partial = files.begin(checkpoint)
+    partial = directory.begin(checkpoint)
     try:
         shapes, chunks = _described(checkpoint / _METADATA)
         sums: dict[str, FileSum] = {}
@@ -81,7 +80,7 @@ def convert(checkpoint: Path) -> None:
             with open_regular(checkpoint / name) as source, storage.new_file(partial / out) as target:
                 tables += [_copy(source, target, out, chunk, shapes[chunk.tensor]) for chunk in of_file]
             sums[out] = target.sum
-        files.publish(partial, checkpoint, manifest.header, sums, storage.merged(tables))
+        directory.publish(partial, checkpoint, manifest.header, sums, storage.merged(tables))
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -152,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
             return lambda *arguments: None
         if (module, name) == ("torch", "Size"):
             return lambda values: tuple(values)
-        if module == "torch" and name in files.ITEM_BYTES:
+        if module == "torch" and name in directory.ITEM_BYTES:
             return name
         raise pickle.UnpicklingError(f"the forbidden global {module}.{name}")
 

@@ -43,7 +43,7 @@ ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
-# A chunk takes some 150 bytes of it: room for a thousand tensors on each of a thousand ranks.
+# A chunk takes about 150 bytes: enough for a thousand tensors on each of a thousand ranks.
 _LARGEST_MANIFEST = 256 << 20
 _NAME = re.compile(r"step-(\d+)")
 _CRC32 = re.compile(r"[0-9a-f]{8}")
@@ -167,7 +167,7 @@ def publish(
 ) -> None:
     """Write the manifest for the files in `partial`, which are on the disk already, and rename it to `final`.
 
-    An existing checkpoint of that name is replaced; `restore` undoes what a kill between the renames leaves.
+    An existing checkpoint of that name is replaced. A kill between the two renames is repaired by `restore`.
     """
     manifest = Manifest(header, time.time(), files, tensors)
     _check(manifest)
@@ -289,7 +289,6 @@ def _check(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         if not _is_count(entry.size) or not _CRC32.fullmatch(entry.crc32):
             raise ValueError(f"size {entry.size!r} and CRC-32 {entry.crc32!r} of {name!r}")
-    for name in manifest.files:
         if name == MANIFEST or not _PLAIN.fullmatch(name) or not name.strip("."):
             raise ValueError(f"invalid file name {name!r}")
     for name, tensor in manifest.tensors.items():

@@ -23,8 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint import directory as files
-from trainer.checkpoint import storage
+from trainer.checkpoint import directory, storage
 from trainer.checkpoint.checksummed_file import FileSum
 from trainer.checkpoint.directory import CheckpointError, Header
 from trainer.checkpoint.storage import State
@@ -72,26 +71,26 @@ def save(
 
     Raises CheckpointError on all ranks if a rank fails; the incomplete checkpoint is removed.
     """
-    final = files.final_path(run_dir, header.step)
+    final = directory.final_path(run_dir, header.step)
     try:
         _write(final, state, header, group)
     except _RankFailed as error:
         if group.rank() == 0:
-            files.clean(run_dir)
+            directory.clean(run_dir)
         raise CheckpointError(
             f"{final} could not be written by {error}; check the disk's free space and the permissions"
         ) from error
     if group.rank() == 0:
         # This checkpoint is complete; if the disk has a problem, the next save reports it.
         with contextlib.suppress(OSError):
-            for old in files.superfluous(
+            for old in directory.superfluous(
                 run_dir,
                 keep=keep,
                 every_steps=keep_every_steps,
-                look=files.wrong_size,
+                look=directory.wrong_size,
                 until_step=header.step,
             ):
-                files.remove(old)
+                directory.remove(old)
     return final
 
 
@@ -102,9 +101,9 @@ def newest(run_dir: Path, *, group: dist.ProcessGroup) -> Path | None:
 
     Raises CheckpointError if all checkpoints are damaged, ValueError on a rank that cannot see them.
     """
-    names = from_first([path.name for path in files.all_of(run_dir)] if group.rank() == 0 else [], group)
+    names = from_first([path.name for path in directory.all_of(run_dir)] if group.rank() == 0 else [], group)
     for name in reversed(names):
-        checkpoint = files.folder_of(run_dir) / name
+        checkpoint = directory.folder_of(run_dir) / name
         if not checkpoint.is_dir():
             raise ValueError(
                 f"rank 0 resumes from {checkpoint}, which this rank cannot see; "
@@ -118,8 +117,8 @@ def newest(run_dir: Path, *, group: dist.ProcessGroup) -> Path | None:
             print(f"lgaf: {text}", file=sys.stderr, flush=True)
     if names:
         raise CheckpointError(
-            f"{files.folder_of(run_dir)}: expected an intact checkpoint, found {len(names)}, all damaged; "
-            "restore one from a copy, or move the folder away to restart the training"
+            f"{directory.folder_of(run_dir)}: expected an intact checkpoint, found {len(names)}, all "
+            "damaged; restore one from a copy, or move the folder away to restart the training"
         )
     return None
 
@@ -129,7 +128,7 @@ def locate(path: Path, *, group: dist.ProcessGroup) -> Path:
 
     Raises CheckpointError if there is none, or if it is damaged.
     """
-    if files.is_checkpoint(path):
+    if directory.is_checkpoint(path):
         problem = _agreed_damage(path, group)
         if problem is not None:
             raise CheckpointError(f"{problem}; the checkpoint is damaged, use another")
@@ -137,8 +136,8 @@ def locate(path: Path, *, group: dist.ProcessGroup) -> Path:
     found = newest(path, group=group)
     if found is None:
         raise CheckpointError(
-            f"{path}: expected a checkpoint (a folder with {files.MANIFEST}) or a run directory that holds "
-            f"some in {files.folder_of(path)}, found none"
+            f"{path}: expected a checkpoint (a folder with {directory.MANIFEST}) or a run directory with "
+            f"checkpoints in {directory.folder_of(path)}, found none"
         )
     return found
 
@@ -149,10 +148,10 @@ def load(checkpoint: Path, state: State, *, group: dist.ProcessGroup) -> None:
     Raises CheckpointError if the checkpoint is damaged or of an older format, or if its tensors differ in
     name or shape from those of any part in `state`.
     """
-    manifest = files.read_manifest(checkpoint)
-    if manifest.format != files.FORMAT:
+    manifest = directory.read_manifest(checkpoint)
+    if manifest.format != directory.FORMAT:
         raise CheckpointError(
-            f"{checkpoint}: expected format {files.FORMAT}, found {manifest.format}, which an older lgaf "
+            f"{checkpoint}: expected format {directory.FORMAT}, found {manifest.format}, which an older lgaf "
             f"wrote; convert it with `lgaf checkpoint convert {checkpoint}`, or pass the run directory to "
             "convert all of its checkpoints"
         )
@@ -198,7 +197,7 @@ def _by_first(group: dist.ProcessGroup, act: Callable[[], object]) -> None:
 
 def _agreed_damage(checkpoint: Path, group: dist.ProcessGroup) -> str | None:
     """Return a problem that any rank finds in its share of the files, or None; sizes are checked first."""
-    for look in (files.wrong_size, files.wrong_sum):
+    for look in (directory.wrong_size, directory.wrong_sum):
         for problem in gather_json(look(checkpoint, group.rank(), group.size()), group):
             if problem is not None:
                 return str(problem)
@@ -218,19 +217,19 @@ def _tensors(state: State) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 
 def _write(final: Path, state: State, header: Header, group: dist.ProcessGroup) -> None:
-    partial = files.partial_path(final)
-    _by_first(group, lambda: files.begin(final))
+    partial = directory.partial_path(final)
+    _by_first(group, lambda: directory.begin(final))
 
     def write_part() -> list[dict[str, Any]]:
         sums, table = storage.write_part(partial, state, group.rank())
-        return [files.as_json(sums), files.as_json(table)]
+        return [directory.as_json(sums), directory.as_json(table)]
 
     parts = _on_all(group, write_part)
 
     def publish() -> None:
         sums = {name: FileSum(**entry) for part, _ in parts for name, entry in part.items()}
-        table = storage.merged(files.table_from_json(part) for _, part in parts)
-        files.publish(partial, final, header, sums, table)
+        table = storage.merged(directory.table_from_json(part) for _, part in parts)
+        directory.publish(partial, final, header, sums, table)
 
     _by_first(group, publish)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.checkpoint import directory as files
+from trainer.checkpoint import directory
 
 app = typer.Typer(no_args_is_help=True, help="List, verify, prune and extract the checkpoints of a run.")
 
@@ -22,21 +22,21 @@ def list_checkpoints(run: Annotated[Path, _RUN]) -> None:
     """Show step, time, size and state of every checkpoint; checks file sizes only, unlike `verify`."""
     typer.echo(f"{'step':>10}  {'written':19}  {'MiB':>9}  state")
     for checkpoint in _all_of(run):
-        problem = files.wrong_size(checkpoint)
+        problem = directory.wrong_size(checkpoint)
         try:
-            written = _time(files.read_manifest(checkpoint).time_s)
-        except files.CheckpointError:
+            written = _time(directory.read_manifest(checkpoint).time_s)
+        except directory.CheckpointError:
             written = "unknown"
         size_mib = sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**20
         state = "complete" if problem is None else f"damaged: {problem}"
-        typer.echo(f"{files.step_of(checkpoint):10}  {written:19}  {size_mib:9.1f}  {state}")
+        typer.echo(f"{directory.step_of(checkpoint):10}  {written:19}  {size_mib:9.1f}  {state}")
 
 
 @app.command()
 def show(checkpoint: Annotated[Path, _EITHER]) -> None:
     """Show the manifest of a checkpoint, or of a run's newest one: step, dataset, files, configuration."""
     chosen = _chosen(checkpoint)[-1]
-    manifest = files.read_manifest(chosen)
+    manifest = directory.read_manifest(chosen)
     header = manifest.header
     typer.echo(f"{chosen}: step {header.step}, written {_time(manifest.time_s)}")
     typer.echo(f"dataset   {_pairs(header.dataset)}")
@@ -51,7 +51,7 @@ def verify(checkpoint: Annotated[Path, _EITHER]) -> None:
     """Read every byte of a checkpoint, or of all checkpoints of a run; exit with code 1 if one is damaged."""
     is_damaged = False
     for one in _chosen(checkpoint):
-        problem = files.damage(one)
+        problem = directory.damage(one)
         is_damaged |= problem is not None
         typer.echo(f"{one.name}: {'intact' if problem is None else f'damaged: {problem}'}")
     if is_damaged:
@@ -61,19 +61,19 @@ def verify(checkpoint: Annotated[Path, _EITHER]) -> None:
 @app.command()
 def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
     """Convert a checkpoint, or all of a run, from format 1 (pickled metadata) to the current format."""
-    from trainer.checkpoint import convert as checkpoint_convert
+    from trainer.checkpoint import convert as conversion
 
     # A conversion that was killed may have left a checkpoint under its temporary name.
-    for folder in (files.folder_of(checkpoint), checkpoint.resolve().parent):
-        files.restore(folder)
+    for folder in (directory.folder_of(checkpoint), checkpoint.resolve().parent):
+        directory.restore(folder)
     has_failed = False
     for one in _chosen(checkpoint):
         try:
-            is_old = files.read_manifest(one).format != files.FORMAT
+            is_old = directory.read_manifest(one).format != directory.FORMAT
             if is_old:
-                checkpoint_convert.convert(one)
+                conversion.convert(one)
             typer.echo(f"{one.name}: {'converted' if is_old else 'has the current format already'}")
-        except files.CheckpointError as error:
+        except directory.CheckpointError as error:
             has_failed = True
             typer.echo(f"{one.name}: not converted: {error}", err=True)
     if has_failed:
@@ -92,9 +92,9 @@ def prune(
     """
     found = _all_of(run)
     every_steps = next(map(_kept_every_steps, filter(_has_manifest, reversed(found))), None)
-    for checkpoint in files.superfluous(run, keep=keep, every_steps=every_steps, look=files.damage):
+    for checkpoint in directory.superfluous(run, keep=keep, every_steps=every_steps, look=directory.damage):
         if not dry_run:
-            files.remove(checkpoint)
+            directory.remove(checkpoint)
         typer.echo(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
 
 
@@ -109,34 +109,34 @@ def extract(
     configuration; `image_size`; `step`; `state`, for load_state_dict.
     trainer.inference.network.load_backbone(FILE) builds the network from it.
     """
-    from trainer.inference import network as extraction
+    from trainer.inference.network import network_alone, write_pt
 
-    extraction.write_pt(extraction.network_alone(checkpoint), out)
+    write_pt(network_alone(checkpoint), out)
 
 
 def _all_of(run: Path) -> list[Path]:
-    found = files.all_of(run)
+    found = directory.all_of(run)
     if not found:
-        raise files.CheckpointError(
-            f"{run}: expected a run directory with checkpoints in {files.folder_of(run)}, found none"
+        raise directory.CheckpointError(
+            f"{run}: expected a run directory with checkpoints in {directory.folder_of(run)}, found none"
         )
     return found
 
 
 def _chosen(path: Path) -> list[Path]:
-    return [path] if files.is_checkpoint(path) else _all_of(path)
+    return [path] if directory.is_checkpoint(path) else _all_of(path)
 
 
 def _has_manifest(checkpoint: Path) -> bool:
     try:
-        files.read_manifest(checkpoint)
-    except files.CheckpointError:
+        directory.read_manifest(checkpoint)
+    except directory.CheckpointError:
         return False
     return True
 
 
 def _kept_every_steps(checkpoint: Path) -> int | None:
-    config = files.read_manifest(checkpoint).header.config
+    config = directory.read_manifest(checkpoint).header.config
     every_steps: int | None = config.get("checkpoint", {}).get("keep_every_steps")
     return every_steps
 

@@ -31,10 +31,10 @@ def export(
     The file's metadata describe its input: RGB images, (pixel - 127.5) / 127.5, in batches of any size.
     """
     from trainer.inference import export as exporting
-    from trainer.inference import network as extraction
+    from trainer.inference.network import network_alone
 
     exporting.format_of(out)
-    difference = exporting.export(extraction.network_alone(checkpoint), out)
+    difference = exporting.export(network_alone(checkpoint), out)
     checked = (
         "not checked, as onnxruntime is not installed"
         if difference is None
@@ -67,10 +67,10 @@ def embed(
     """
     from trainer.inference import embed as embedding
     from trainer.inference import embedding_file
-    from trainer.inference import network as extraction
+    from trainer.inference.network import network_alone
 
     embedding_file.opener(out)
-    network = extraction.network_alone(checkpoint)
+    network = network_alone(checkpoint)
     facts = {"checkpoint": str(checkpoint)}
     with progress_bar("embedding") as report:
         files, bad = embedding.embed(
@@ -103,9 +103,9 @@ def compare(
     Both images are embedded with the flip test, as in the evaluation that set the run's threshold.
     """
     from trainer.evaluation import compare as comparing
-    from trainer.inference import network as extraction
+    from trainer.inference.network import network_alone
 
-    network = extraction.network_alone(checkpoint)
+    network = network_alone(checkpoint)
     similarity, quality = comparing.compare(network, first, second)
     found: dict[str, object] = {"similarity": similarity, "quality": quality}
     judge = comparing.known_threshold(checkpoint, network.step)

@@ -28,7 +28,7 @@ from data_pipeline.formats.image_folder import listed
 from trainer.backbones import Backbone
 from trainer.backbones.lgaf import LGAF
 from trainer.inference.embedding_file import Columns, opener
-from trainer.inference.images import ahead, open_picture, resized, to_network
+from trainer.inference.images import ahead, open_image, resized, to_network
 from trainer.inference.network import Network
 
 Report = Callable[[int, int], None]
@@ -127,12 +127,12 @@ def _seen(model: Backbone, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]
     }
 
 
-def read_picture(path: Path, image_size: int) -> np.ndarray:
+def read_image(path: Path, image_size: int) -> np.ndarray:
     """Read the image in a file, upright by its EXIF data, as uint8 [S, S, 3] with S = `image_size`.
 
     Raises DecodeError, naming the file, if it cannot be read as an image or its size is out of range.
     """
-    image = open_picture(path)
+    image = open_image(path)
     reason = wrong_size(*image.size)
     if reason is not None:
         raise DecodeError(str(path), reason)
@@ -144,8 +144,8 @@ def _rows(network: Network, files: list[Path], batch_size: int, flip: bool) -> I
     threads = len(os.sched_getaffinity(0))
     done = 0
     for batch in ahead(load, files, batch_size=batch_size, threads=threads):
-        pictures, errors = zip(*batch, strict=True)
-        columns = look(network.model, np.stack(pictures), flip=flip)
+        images_BHWC, errors = zip(*batch, strict=True)
+        columns = look(network.model, np.stack(images_BHWC), flip=flip)
         error_B = np.array(errors)
         for values in columns.values():
             values[error_B != ""] = np.nan
@@ -157,7 +157,7 @@ def _rows(network: Network, files: list[Path], batch_size: int, flip: bool) -> I
 def _load(path: Path, image_size: int) -> tuple[np.ndarray, str]:
     """Return the image and an empty error, or a black image and the error."""
     try:
-        return read_picture(path, image_size), ""
+        return read_image(path, image_size), ""
     except DecodeError as error:
         return np.zeros((image_size, image_size, 3), np.uint8), error.reason
 

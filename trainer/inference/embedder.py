@@ -26,7 +26,7 @@ import torch.distributed as dist
 from data_pipeline.batch import default_threads
 from trainer.evaluation.protocol import Face
 from trainer.inference.alignment import aligned
-from trainer.inference.images import ahead, open_picture, resized, to_network
+from trainer.inference.images import ahead, open_image, resized, to_network
 from trainer.runtime.ranks import Ranks
 
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -86,13 +86,13 @@ class Embedder:
 
     def _embedded(self, faces: Iterator[Face]) -> Iterator[torch.Tensor]:
         threads = default_threads(self.ranks.placement.local_world_size)
-        for pictures in ahead(self._pixels, faces, batch_size=self.batch_size, threads=threads):
-            images_BCHW = to_network(np.stack(pictures), self.ranks.device)
+        for images in ahead(self._pixels, faces, batch_size=self.batch_size, threads=threads):
+            images_BCHW = to_network(np.stack(images), self.ranks.device)
             yield self.network(images_BCHW) + self.network(images_BCHW.flip(3))
 
     def _pixels(self, face: Face) -> np.ndarray:
         """Return the face as uint8 [S, S, 3], aligned by its landmarks, or resized if it has none."""
-        image = open_picture(face.path, face.encoded)
+        image = open_image(face.path, face.encoded)
         if face.landmark_52 is None:
             return np.asarray(resized(image, self.image_size))
         return np.asarray(aligned(image, face.landmark_52, self.image_size, str(face.path)))

@@ -27,7 +27,7 @@ R = TypeVar("R")
 _BATCHES_AHEAD = 2
 
 
-def open_picture(path: Path, encoded: bytes | None = None) -> Image.Image:
+def open_image(path: Path, encoded: bytes | None = None) -> Image.Image:
     """Decode the image in a file, or in `encoded` if it is given, to RGB, upright by its EXIF data.
 
     Raises DecodeError, naming `path`, if it cannot be decoded.

@@ -19,8 +19,7 @@ import torch
 from data_pipeline.common.atomic_write import staged_file
 from trainer import backbones
 from trainer.backbones import Backbone, BackboneConfig
-from trainer.checkpoint import directory as checkpoint_files
-from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint import directory, sharded
 from trainer.checkpoint.checksummed_file import naming_the_cause
 from trainer.config import EngineConfig
 from trainer.inference.optional_import import require
@@ -64,11 +63,11 @@ def network_of(path: Path, ranks: Ranks) -> Network:
         network = read_network(path)
         network.model.to(ranks.device)
         return network
-    found = checkpoint.locate(path, group=ranks.group)
-    header = checkpoint_files.read_manifest(found).header
+    found = sharded.locate(path, group=ranks.group)
+    header = directory.read_manifest(found).header
     config = from_saved(header.config)
     model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
-    checkpoint.load(found, checkpoint.backbone_state(model), group=ranks.group)
+    sharded.load(found, sharded.backbone_state(model), group=ranks.group)
     return Network(model, config.backbone, config.data.image_size, header.step, config.engine)
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of a training: a bar where one watches, a line now and then in a log."""
+"""Terminal output of a training run: a progress bar on a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOG_EVERY_S = 10.0
 
 
 class Reading(NamedTuple):
-    """What is known after a step: means since the reading before; `data_wait_share` of the time, 0 to 1."""
+    """Figures after a step: means since the previous reading; the waiting time as a fraction, 0 to 1."""
 
     step: int
     loss: float
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
 
 
 class Display:
-    """Shows `Reading`s and messages on standard error; shows nothing if not `enabled` (on most ranks)."""
+    """Display of readings and messages on standard error, without any effect unless `enabled` (rank 0)."""
 
     def __init__(self, steps: int, first_step: int, *, enabled: bool) -> None:
         self._console = Console(stderr=True, quiet=not enabled, highlight=False)
@@ -60,7 +60,7 @@ class Display:
         self._bar.update(self._task, completed=step)
 
     def show(self, reading: Reading) -> None:
-        """Show a reading; in a log at most every ten seconds, and the last."""
+        """Show a reading; in a log at most one every ten seconds, and always the last."""
         self._bar.update(self._task, description=str(reading))
         now = time.monotonic()
         is_due = now - self._last_line > _LOG_EVERY_S or reading.step == self._steps

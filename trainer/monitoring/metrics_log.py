@@ -1,21 +1,22 @@
-"""What a run leaves behind besides weights: `metrics.jsonl`, one JSON object a line, and `result.json`."""
+"""Records of a run: `metrics.jsonl`, one JSON object per line, and `result.json`, written at its end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.common.atomic_write import staged_file
 
 _METRICS, _RESULT = "metrics.jsonl", "result.json"
 
 
-class Records:
-    """Appends to a run's `metrics.jsonl`; every line has a `kind` and the `step` after which it was written.
+class MetricsLog:
+    """Writer of a run's `metrics.jsonl`; every line has a `kind` and the `step` after which it was written.
 
-    A run that goes on from a checkpoint at step `first_step` first drops the lines of later steps, which
-    another life of it wrote after that checkpoint and which will be written again.
+    first_step: the step of the checkpoint from which the run resumes; lines of later steps are removed first,
+    because the run repeats those steps. With 0 all lines are removed.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
@@ -26,9 +27,9 @@ class Records:
         self._waiting = b""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record; it is in the file when this returns, or when there is room on a full disk.
+        """Append one record. On a full disk it is kept in memory and written with a later record.
 
-        A checkpoint that fills the disk goes again; nothing else must fail because of it.
+        A full disk must not end the run: the checkpoint that filled it is removed when its save fails.
         """
         self._waiting += _line({"kind": kind, "step": step, **values}).encode()
         with contextlib.suppress(OSError):
@@ -37,7 +38,7 @@ class Records:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run; none if it has not begun. A last line that was cut off is left out."""
+    """Return all records of a run, none if the file is missing; a truncated last line is omitted."""
     path = run_dir / _METRICS
     if not path.is_file():
         return []
@@ -51,7 +52,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Write `result.json`; it appears only when complete."""
+    """Write `result.json`; the file appears only when it is complete."""
     _replace(run_dir / _RESULT, json.dumps(result, indent=2) + "\n")
 
 
@@ -60,6 +61,5 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

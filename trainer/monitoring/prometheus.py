@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run. The only import of prometheus_client."""
+"""Prometheus metrics of a run, and the HTTP server that exposes them. Only this file imports the client."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _CHECKPOINT_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Metrics:
-    """The metrics of one process, in `registry` or one of their own; times in seconds."""
+    """The metrics of one process, in `registry` or a new one; times are in seconds."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
-        self._steps = Counter("lgaf_steps", "Training steps done by this process", registry=registry)
+        self._steps = Counter("lgaf_steps", "Training steps completed by this process", registry=registry)
         self._skipped = Counter(
             "lgaf_skipped_steps",
-            "Steps skipped by all ranks, as a loss or gradient was not finite",
+            "Steps skipped on all ranks because of a non-finite loss or gradient",
             registry=registry,
         )
         self.rollbacks = Counter(
             "lgaf_rollbacks",
-            "Times the run went back to a checkpoint, after skipped steps",
+            "Times the run returned to a checkpoint after skipped steps",
             registry=registry,
         )
         self._samples = Counter("lgaf_samples", "Images trained on, over all ranks", registry=registry)
-        self._step = Gauge("lgaf_step", "Number of steps the run has done", registry=registry)
-        self._loss = Gauge("lgaf_loss", "Mean loss over all ranks, as last looked at", registry=registry)
+        self._step = Gauge("lgaf_step", "Number of completed steps of the run", registry=registry)
+        self._loss = Gauge("lgaf_loss", "Mean loss over all ranks, as last logged", registry=registry)
         self._rate = Gauge("lgaf_learning_rate", "Learning rate of the last step", registry=registry)
         self._speed = Gauge("lgaf_samples_per_second", "Images per second, over all ranks", registry=registry)
         self._wait = Counter(
@@ -44,7 +44,7 @@ class Metrics:
         )
         self.checkpoint_s = Histogram(
             "lgaf_checkpoint_seconds",
-            "Duration of writing a checkpoint, beside the training",
+            "Duration of writing a checkpoint in the background",
             registry=registry,
             buckets=_CHECKPOINT_BUCKETS_S,
         )
@@ -59,7 +59,7 @@ class Metrics:
         )
 
     def step_done(self, steps: int, samples: int, learning_rate: float, step_s: float) -> None:
-        """Count a step of `samples` images, after which the run has done `steps`."""
+        """Count a step of `samples` images, the run's step number `steps`."""
         self._steps.inc()
         self._samples.inc(samples)
         self._step.set(steps)
@@ -67,16 +67,16 @@ class Metrics:
         self._step_s.observe(step_s)
 
     def step_skipped(self) -> None:
-        """Count a step, already counted as done, that moved nothing."""
+        """Count a step, already counted as done, that updated no weight."""
         self._skipped.inc()
 
     def evaluated(self, protocol: str, task: str, figures: dict[str, float]) -> None:
-        """Take over what an evaluation has found."""
+        """Set the figures of one task of an evaluation."""
         for figure, value in figures.items():
             self._evaluation.labels(protocol, task, figure).set(value)
 
-    def looked(self, loss: float, samples_per_s: float, data_wait_s: float, bad_records: int) -> None:
-        """Take over what was seen when the losses were last fetched."""
+    def logged(self, loss: float, samples_per_s: float, data_wait_s: float, bad_records: int) -> None:
+        """Set the figures of the steps since the last log, and add their time of waiting for data."""
         self._loss.set(loss)
         self._speed.set(samples_per_s)
         self._wait.inc(data_wait_s)
@@ -84,9 +84,9 @@ class Metrics:
 
 
 def serve(metrics: Metrics, config: MetricsConfig) -> None:
-    """Serve the metrics from a thread of this process, and say where.
+    """Serve the metrics from a thread of this process, and print the address.
 
-    A port that is taken is reported and the run goes on: it matters more than being watched.
+    If the port is in use, that is reported and the run continues without the server.
     """
     try:
         server, _ = start_http_server(config.port, config.host, metrics.registry)

@@ -1,6 +1,6 @@
-"""Where the time of the steps goes, and the losses that are still on the device.
+"""Timing of the steps, and their losses, which stay on the device until `take` fetches them.
 
-A loss is a tensor until somebody looks: fetching it at every step would make the host wait for the device.
+Fetching each loss at once would make the host wait for the device at every step.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from data_pipeline.batch import Batch
 
 
 class Span(NamedTuple):
-    """The steps between two looks: (step, loss, learning rate) of each; mean times of a step, seconds."""
+    """The steps since the previous `take`: (step, loss, learning rate) of each; mean times of a step, s."""
 
     steps: list[tuple[int, float, float]]
     step_s: float
     data_wait_s: float
 
 
-class Pace:
-    """Measures steps; what happens between them, such as saving, is left out."""
+class StepTimer:
+    """Timer of steps; time between steps, such as that of saving, can be excluded."""
 
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
@@ -32,7 +32,7 @@ class Pace:
         self._mark = time.perf_counter()
 
     def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass the batches on, measuring how long each takes to come."""
+        """Yield the batches, and measure the time of waiting for each."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -43,13 +43,13 @@ class Pace:
             yield batch
 
     def step_done(self, step: int, loss: torch.Tensor, learning_rate: float) -> float:
-        """Note that `step` is done; returns the seconds that it took on the host."""
+        """Record that `step` is done; return the seconds that it took on the host."""
         self._losses.append(loss)
         self._steps.append((step, learning_rate))
         return self._count()
 
     def take(self) -> Span:
-        """The span since the last look. Waits for the device, which counts as time of the steps."""
+        """Return the steps since the previous call. Waiting for the device counts as time of the steps."""
         losses = torch.stack(self._losses).tolist()
         self._count()
         count = len(losses)
@@ -58,8 +58,8 @@ class Pace:
         self._losses, self._steps, self._span_s, self._wait_s = [], [], 0.0, 0.0
         return span
 
-    def leave_out_since_step(self) -> None:
-        """Count the time from now on; what has passed since the last note is nobody's step."""
+    def exclude_since_step(self) -> None:
+        """Exclude the time since the last step from the next one."""
         self._mark = time.perf_counter()
 
     def _count(self) -> float:

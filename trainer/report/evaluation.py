@@ -8,9 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.atomic_write import staged_file
 from trainer.evaluation.protocol import Results
-from trainer.report.page import page, section, table
+from trainer.report.page import page, section, table, write_text
 from trainer.report.plots import plots, report_section
 
 
@@ -20,13 +19,13 @@ def write(folder: Path, results: Results, about: dict[str, Any]) -> None:
     about: facts about the evaluation (checkpoint, suite, device, versions) as plain JSON values, by name.
     """
     content = {**about, "results": as_json(results)}
-    _write(folder / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     body = report_section("Results", results) + _about(about)
-    _write(
+    write_text(
         folder / "report.html", page(str(about["suite"]), str(about["checkpoint"]), body, kind="evaluation")
     )
     for plot in plots(results):
-        _write(folder / f"{_file_name(plot.title)}.svg", plot.file())
+        write_text(folder / f"{_file_name(plot.title)}.svg", plot.file())
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -50,9 +49,3 @@ def _about(about: dict[str, Any]) -> str:
 
 def _file_name(title: str) -> str:
     return re.sub(r"[^a-z0-9.-]+", "_", title.lower()).strip("_")
-
-
-def _write(path: Path, text: str) -> None:
-    with staged_file(path) as partial:
-        # The path of a checkpoint is not always valid Unicode.
-        partial.write_text(text, encoding="utf-8", errors="replace")

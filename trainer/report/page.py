@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
+from data_pipeline.common.atomic_write import staged_file
 from trainer.report import charts
 
 NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
@@ -61,7 +63,7 @@ def percent_figure(part: float) -> str:
     return figure(part, percentage(part))
 
 
-def picture(image: bytes, label: str = "") -> str:
+def image_tag(image: bytes, label: str = "") -> str:
     """Return an `<img>` that embeds an encoded image (JPEG or PNG) in the page."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     text = base64.b64encode(image).decode("ascii")
@@ -80,6 +82,13 @@ def page(name: str, subtitle: str, body: str, *, kind: str = "training") -> str:
 {body}
 </main></body></html>
 """
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, which appears only when it is complete."""
+    with staged_file(path) as partial:
+        # Texts can contain file names that are not valid Unicode.
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 _CSS = """

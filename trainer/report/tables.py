@@ -1,4 +1,4 @@
-"""What protocols found, as tables: one for each task, a column for each protocol that has it."""
+"""Tables of results: one for each task, with a column for each protocol that has the task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNIT = "In percent; thresholds are cosines."
 
 
 class Table(NamedTuple):
-    """One task: a column for each protocol, a row for each figure, None where a protocol has none."""
+    """One task: a column for each protocol, a row for each figure; None if a protocol lacks the figure."""
 
     task: str
     protocols: list[str]
@@ -34,12 +34,12 @@ class Table(NamedTuple):
 
 
 def tables(results: Results) -> list[Table]:
-    """The tables, in the order in which tasks occur in the results."""
+    """Return the tables, in the order in which tasks occur in the results."""
     return [_table(task, scores) for task, scores in by_task(results).items()]
 
 
 def by_task(results: Results) -> dict[str, dict[str, Scores]]:
-    """Task -> protocol -> its scores."""
+    """Return the scores by task and protocol."""
     tasks: dict[str, dict[str, Scores]] = {}
     for protocol, scores_of_tasks in results.items():
         for task, scores in scores_of_tasks.items():
@@ -56,7 +56,7 @@ def _table(task: str, of_protocol: dict[str, Scores]) -> Table:
 
 
 def title(name: str) -> str:
-    """How people call a figure: TAR@FAR 0.001 for tar_at_far_0.001."""
+    """Return the name of a figure for readers: TAR@FAR 0.001 for tar_at_far_0.001."""
     for prefix, short in _RATES.items():
         if name.startswith(prefix):
             return short + name.removeprefix(prefix).replace("_", " ")
@@ -64,14 +64,14 @@ def title(name: str) -> str:
 
 
 def shown(name: str, value: float) -> str:
-    """A figure as people read it: a rate in percent with two digits, a threshold with three."""
+    """Return a figure for readers: a rate in percent with two decimals, a threshold with three."""
     return f"{value:.3f}" if name.startswith("threshold") else f"{100 * value:.2f}"
 
 
 def show(results: Results) -> None:
     """Print all tables, with the conventions below them."""
     console = Console(highlight=False)
-    if not console.is_terminal:  # a log has no width
+    if not console.is_terminal:  # rich would wrap a log at 80 columns
         console = Console(highlight=False, width=_LOG_COLUMNS)
     for found in tables(results):
         drawn = RichTable(box=box.SIMPLE_HEAD)
@@ -86,7 +86,7 @@ def show(results: Results) -> None:
 
 
 def for_page(results: Results) -> str:
-    """All tables as HTML, with the conventions below them."""
+    """Return all tables as HTML, with the conventions below them."""
     return f'<div class="grid">{"".join(map(_html, tables(results)))}</div>'
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -27,13 +26,14 @@ from trainer.report.page import (
     NARROW_SPACE,
     figure,
     grid,
+    image_tag,
     page,
     percent_figure,
     percentage,
-    picture,
     scale,
     section,
     table,
+    write_text,
 )
 from trainer.report.plots import report_section
 
@@ -96,17 +96,13 @@ def write_report(
         _head(result, metrics),
         _training(metrics),
         report_section("Verification", results or {}),
-        _judged([JudgedPair(*pair) for pair in pairs]),
+        _pairs([JudgedPair(*pair) for pair in pairs]),
         _split_accuracies(splits or {}, result.get("verification_accuracy")),
         _faces(faces),
         _details(result, metrics, config_text),
     ]
     path = run_dir / "report.html"
-    partial = path.with_name(path.name + ".part")
-    text = page(run_dir.resolve().name, _versions(result), "\n".join(body))
-    # Labels from file names that are not UTF-8 cannot be encoded.
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    write_text(path, page(run_dir.resolve().name, _versions(result), "\n".join(body)))
     return path
 
 
@@ -307,7 +303,7 @@ def _accuracy_chart(metrics: _Metrics) -> str:
     return chart("Verification accuracy", drawn, x, y, x_title="step", value=last)
 
 
-def _judged(pairs: Sequence[JudgedPair]) -> str:
+def _pairs(pairs: Sequence[JudgedPair]) -> str:
     if not pairs:
         return ""
     span = Axis.round([0.0, *(value for pair in pairs for value in (pair.similarity, pair.threshold))])
@@ -323,7 +319,7 @@ def _pair_card(pair: JudgedPair, span: Axis) -> str:
     zero, similarity, threshold = span.at([0.0, pair.similarity, pair.threshold]).tolist()
     css_class, mark = ("right", "&#10003;") if pair.is_right else ("wrong", "&#10007;")
     return (
-        f'<figure class="pair {css_class}"><div>{picture(pair.first)}{picture(pair.second)}</div>'
+        f'<figure class="pair {css_class}"><div>{image_tag(pair.first)}{image_tag(pair.second)}</div>'
         f"{scale((zero, similarity), tick=threshold)}"
         f"<figcaption><b>{mark} {'one person' if pair.issame else 'two people'}</b>"
         f"{figure(pair.similarity, f'{pair.similarity:.2f}')}</figcaption></figure>"
@@ -364,7 +360,7 @@ def _wilson(part: float, count: int) -> tuple[float, float]:
 def _faces(faces: Sequence[tuple[bytes, str]]) -> str:
     people = [(label, [image for image, _ in group]) for label, group in groupby(faces, lambda face: face[1])]
     figures = "".join(
-        f"<figure><div>{''.join(picture(image, label) for image in images)}</div>"
+        f"<figure><div>{''.join(image_tag(image, label) for image in images)}</div>"
         f"<figcaption>{escape(label)}</figcaption></figure>"
         for label, images in people
     )

@@ -104,7 +104,7 @@ class Pulse:
         """Diagnose a failure, once, when this rank fails; takes seconds if another rank seems at fault."""
         found: list[Verdict] = []
         # In a thread, which is abandoned if the store does not respond.
-        asking = threading.Thread(target=self._judge, args=(is_other_at_fault, found), daemon=True)
+        asking = threading.Thread(target=self._diagnose, args=(is_other_at_fault, found), daemon=True)
         asking.start()
         asking.join(4 * _DIAGNOSIS_S)
         if found:
@@ -115,7 +115,7 @@ class Pulse:
             self._rank == 1, f"{self._keeper} is dead or stopped; rank 0 was last seen {self._rank_0}"
         )
 
-    def _judge(self, is_other_at_fault: bool, found: list[Verdict]) -> None:
+    def _diagnose(self, is_other_at_fault: bool, found: list[Verdict]) -> None:
         with contextlib.suppress(RuntimeError):  # the store was lost
             is_speaker = self._store.add(_VERDICTS, 1) == 1
             culprit = self._culprit() if is_speaker and is_other_at_fault else ""

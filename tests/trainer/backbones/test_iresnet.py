@@ -1,4 +1,4 @@
-"""IResNet: InsightFace's names and shapes, what the layers compute, and the sizes of images it takes."""
+"""IResNet: InsightFace's names and shapes, the computation of the layers, and the accepted image sizes."""
 
 from collections.abc import Iterator
 
@@ -133,7 +133,7 @@ def test_any_image_size(image_size, stem_stride):
 
 
 def test_images_of_another_size_are_refused(lgaf):
-    with pytest.raises(ValueError, match=r"built for images of 32x32 pixels, found 32x40.*data\.image_size"):
+    with pytest.raises(ValueError, match=r"expected images of 32x32 pixels, .*found 32x40.*data\.image_size"):
         lgaf(torch.zeros(1, 3, 32, 40))
 
 

@@ -128,7 +128,7 @@ def test_divergence_is_a_term_of_the_loss_in_training_alone(config, lgaf, images
 
 
 def test_one_head_cannot_diverge():
-    with pytest.raises(ValidationError, match=r"divergence = 0\.1 .* expected at least two, found one"):
+    with pytest.raises(ValidationError, match=r"divergence = 0\.1, .* at least two heads, found one"):
         MHMSConfig(heads=((1, 3),), divergence=0.1)
 
 

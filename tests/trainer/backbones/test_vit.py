@@ -1,4 +1,4 @@
-"""ViT: InsightFace's names and shapes, what the layers compute, and what training hides and leaves out."""
+"""ViT: InsightFace's names and shapes, the computation of the layers, masking and stochastic depth."""
 
 import pytest
 import torch

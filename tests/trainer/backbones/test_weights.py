@@ -73,7 +73,7 @@ def with_a_trained_constant(state):
             r"extra is unexpected; use its configuration, or another file",
         ),
         (reshaped, r"fc\.weight has shape \(16, 255\), expected \(16, 256\)"),
-        (with_a_trained_constant, r"features\.weight is not the constant 1 that"),
+        (with_a_trained_constant, r"features\.weight differs from the network's constant 1"),
     ],
 )
 def test_a_file_of_another_network_is_refused_as_a_whole(lgaf, trunk_state, file, change, message):

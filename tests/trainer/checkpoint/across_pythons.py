@@ -12,13 +12,13 @@ import torch.distributed as dist
 from partial_fc.collectives import logical
 from partial_fc.partition import class_range
 from tests.ranks import run_ranks
-from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint import sharded
 from trainer.checkpoint.directory import Header
 
 CLASSES = 7
 
 
-def state(rank: int, size: int, *, is_blank: bool) -> checkpoint.State:
+def state(rank: int, size: int, *, is_blank: bool) -> sharded.State:
     """Tensors of several dtypes, one without dimensions, and rows that are divided over the ranks."""
     rows_CD = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(1))
     mine = class_range(CLASSES, rank, size)
@@ -39,15 +39,15 @@ def state(rank: int, size: int, *, is_blank: bool) -> checkpoint.State:
 
 def write(rank: int, run_dir: Path) -> None:
     """Save the state on two ranks."""
-    part = checkpoint.share_out(state(rank, 2, is_blank=False), rank, 2)
+    part = sharded.share_out(state(rank, 2, is_blank=False), rank, 2)
     header = Header(4, {"run_dir": str(run_dir)}, {"images": 7}, {"python": sys.version})
-    checkpoint.save(run_dir, part, header, keep=1, group=dist.group.WORLD)
+    sharded.save(run_dir, part, header, keep=1, group=dist.group.WORLD)
 
 
 def read(rank: int, size: int, run_dir: Path) -> None:
-    """Load what was saved and compare it bit for bit."""
+    """Load the saved state and compare it bit for bit."""
     found, expected = state(rank, size, is_blank=True), state(rank, size, is_blank=False)
-    checkpoint.load(checkpoint.locate(run_dir, group=dist.group.WORLD), found, group=dist.group.WORLD)
+    sharded.load(sharded.locate(run_dir, group=dist.group.WORLD), found, group=dist.group.WORLD)
     for part, tensors in expected.items():
         for name, tensor in tensors.items():
             other = found[part][name]

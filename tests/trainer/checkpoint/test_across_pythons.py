@@ -1,4 +1,4 @@
-"""Checkpoints across Pythons: each that LGAF_PYTHONS names reads what each has written."""
+"""Checkpoints across Pythons: each Python in LGAF_PYTHONS reads the checkpoints of all."""
 
 import itertools
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.conftest import ROOT
-from trainer.checkpoint import directory as files
+from trainer.checkpoint import directory
 
 # Interpreters of environments in which the project's dependencies are installed, separated as in PATH.
 PYTHONS = [sys.executable, *filter(None, os.environ.get("LGAF_PYTHONS", "").split(os.pathsep))]
 
 
 def start(python: str, *words: object) -> None:
-    """Run the script under one Python; what it says is shown if it fails."""
+    """Run the script under one Python; its output is shown if it fails."""
     subprocess.run(
         [python, "-m", "tests.trainer.checkpoint.across_pythons", *map(str, words)],
         cwd=ROOT,
@@ -47,5 +47,5 @@ def test_all_write_the_same_bytes(written):
         contents = [(checkpoint / name).read_bytes() for checkpoint in checkpoints]
         assert len(contents[0]) > 20
         assert set(contents) == {contents[0]}
-    manifests = [files.read_manifest(checkpoint) for checkpoint in checkpoints]
+    manifests = [directory.read_manifest(checkpoint) for checkpoint in checkpoints]
     assert all((m.files, m.tensors) == (manifests[0].files, manifests[0].tensors) for m in manifests)

@@ -1,4 +1,4 @@
-"""Saving beside a training: what is saved is the state at its step, and no failure is lost."""
+"""Asynchronous saving: a checkpoint holds the state at its step, and every failure is reported."""
 
 import gc
 import os
@@ -12,8 +12,7 @@ import torch.distributed as dist
 from partial_fc.collectives import logical
 from partial_fc.partition import class_range
 from tests.ranks import run_ranks
-from trainer.checkpoint import directory as files
-from trainer.checkpoint import sharded as checkpoint
+from trainer.checkpoint import directory, sharded
 from trainer.checkpoint.async_saver import Saver
 from trainer.checkpoint.directory import CheckpointError, Header
 from trainer.config import CheckpointConfig
@@ -61,7 +60,7 @@ class Run:
     def save(self, step, **options):
         self.train(step)
         self.saver.save(self.state, Header(step, {}, {}, {}), **options)
-        self.train(-step)  # what comes after must not be seen in it
+        self.train(-step)  # later changes must not reach the copy
 
     def failures(self):
         return self.metrics.registry.get_sample_value("lgaf_failed_checkpoints_total")
@@ -80,7 +79,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """Name of each case -> what it returned on each rank."""
+    """Return the results of each case on each rank, by its name."""
     found = run_ranks(all_cases, WORLD, folder)
     return {name: [of_rank[name] for of_rank in found] for name in found[0]}
 
@@ -88,12 +87,12 @@ def results(folder):
 def loaded(run):
     """The numbers in each of the run's checkpoints."""
     found = {}
-    for path in files.all_of(run.run_dir):
-        assert files.damage(path) is None
+    for path in directory.all_of(run.run_dir):
+        assert directory.damage(path) is None
         run.train(-1)
-        checkpoint.load(path, run.state(), group=dist.group.WORLD)
+        sharded.load(path, run.state(), group=dist.group.WORLD)
         numbers = {float(n) for part in run.live.values() for t in part.values() for n in t.flatten()}
-        found[files.step_of(path)] = numbers
+        found[directory.step_of(path)] = numbers
     return found
 
 
@@ -115,7 +114,7 @@ def test_a_checkpoint_is_the_state_of_its_step_though_training_went_on(results, 
     for found, said in results["save_while_training"]:
         assert found == {step: {float(step)} for step in (10, 20, 30, 40)}
         assert said == [
-            f"saved {files.final_path(folder / 'save_while_training', step)}" for step in (10, 20, 30, 40)
+            f"saved {directory.final_path(folder / 'save_while_training', step)}" for step in (10, 20, 30, 40)
         ]
 
 
@@ -125,13 +124,13 @@ def save_twice(rank, run_dir):
     run.save(10)
     run.saver.close()
     run.train(10)
-    rank_state = checkpoint.share_out(run.state(), rank, WORLD)
-    checkpoint.save(run_dir / "at_once", rank_state, Header(10, {}, {}, {}), keep=1, group=dist.group.WORLD)
+    rank_state = sharded.share_out(run.state(), rank, WORLD)
+    sharded.save(run_dir / "at_once", rank_state, Header(10, {}, {}, {}), keep=1, group=dist.group.WORLD)
 
 
 def test_it_is_the_same_as_one_written_at_once(results, folder):
     sums = [
-        files.read_manifest(files.final_path(folder / "save_twice" / name, 10)).files
+        directory.read_manifest(directory.final_path(folder / "save_twice" / name, 10)).files
         for name in ("beside", "at_once")
     ]
     tensors = [{name: one for name, one in found.items() if name.endswith(".bin")} for found in sums]
@@ -180,8 +179,8 @@ def fail_and_recover(rank, run_dir):
     assert run.saver.look()
     run.save(21)
     run.saver.wait()
-    dist.barrier()  # rank 0 has removed what was begun
-    kept = sorted(os.listdir(files.folder_of(run_dir)))
+    dist.barrier()  # rank 0 has removed the incomplete save
+    kept = sorted(os.listdir(directory.folder_of(run_dir)))
     dist.barrier()
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     run.save(22)
@@ -217,7 +216,7 @@ def no_room(monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "publish", full)
+    monkeypatch.setattr(directory, "publish", full)
 
 
 def test_the_last_save_must_not_fail(tmp_path, alone, no_room):
@@ -227,12 +226,12 @@ def test_the_last_save_must_not_fail(tmp_path, alone, no_room):
     ):
         run.save(10, is_last=True)
     assert run.failures() == 1
-    assert list(files.folder_of(tmp_path).iterdir()) == []
+    assert list(directory.folder_of(tmp_path).iterdir()) == []
 
 
 def test_what_is_no_fault_of_the_disk_comes_out(tmp_path, alone, monkeypatch):
     run = Run(0, tmp_path)
-    monkeypatch.setattr(checkpoint, "save", lambda *arguments, **options: 1 // 0)
+    monkeypatch.setattr(sharded, "save", lambda *arguments, **options: 1 // 0)
     run.save(10)
     run.saver._writing._thread.join()
     with pytest.raises(ZeroDivisionError):

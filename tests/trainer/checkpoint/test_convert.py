@@ -1,4 +1,4 @@
-"""Checkpoints of format 1: rewritten without running what they name, and used by nothing before that."""
+"""Checkpoints of format 1: converted without executing their pickles, and refused before conversion."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from tests.trainer.conftest import environment, losses, run, train_words
 from tests.trainer.processes import state_of
 from trainer.checkpoint import convert as checkpoint_convert
-from trainer.checkpoint import directory as files
+from trainer.checkpoint import directory
 from trainer.checkpoint.directory import CheckpointError, FileSum, Manifest
 
 WRITTEN = sorted(Path(__file__).with_name("format_1").glob("*.zip"))
@@ -30,12 +30,12 @@ COMMON = ("steps=4", "checkpoint.every_steps=2", "log_every_steps=1")
 @pytest.mark.parametrize("archive", WRITTEN, ids=lambda path: path.stem)
 def test_what_torch_wrote_under_any_python_is_rewritten(archive, tmp_path):
     shutil.unpack_archive(archive, tmp_path / "checkpoints")
-    [checkpoint] = files.all_of(tmp_path)
-    header = files.read_manifest(checkpoint).header
-    assert files.damage(checkpoint) is None
+    [checkpoint] = directory.all_of(tmp_path)
+    header = directory.read_manifest(checkpoint).header
+    assert directory.damage(checkpoint) is None
     checkpoint_convert.convert(checkpoint)
-    assert files.damage(checkpoint) is None
-    assert files.read_manifest(checkpoint).header == header
+    assert directory.damage(checkpoint) is None
+    assert directory.read_manifest(checkpoint).header == header
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "checkpoint.json",
         "rank-0.bin",
@@ -58,11 +58,13 @@ def test_what_torch_wrote_under_any_python_is_rewritten(archive, tmp_path):
 
 def seal_as_format_1(checkpoint):
     """Write the manifest of an older lgaf over the files that are in a folder."""
-    header = files.read_manifest(checkpoint).header
-    contents = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != files.MANIFEST}
+    header = directory.read_manifest(checkpoint).header
+    contents = {
+        path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != directory.MANIFEST
+    }
     sums = {name: FileSum(len(text), f"{zlib.crc32(text):08x}") for name, text in contents.items()}
-    text = files._sealed(Manifest(header, time.time(), sums, {}, 1))
-    (checkpoint / files.MANIFEST).write_text(text)
+    text = directory._sealed(Manifest(header, time.time(), sums, {}, 1))
+    (checkpoint / directory.MANIFEST).write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def straight(faces, tmp_path_factory):
 def old_run(straight, tmp_path):
     """The run after two steps, with its checkpoint as torch's own writer left it."""
     run_dir = shutil.copytree(straight, tmp_path / "run")
-    newest, checkpoint = files.final_path(run_dir, 4), files.final_path(run_dir, 2)
+    newest, checkpoint = directory.final_path(run_dir, 4), directory.final_path(run_dir, 2)
     shutil.rmtree(newest)
     state = state_of(checkpoint)
     (checkpoint / "rank-0.bin").unlink()
@@ -143,10 +145,7 @@ def said_by_each(words, folder):
 def test_a_run_of_an_older_lgaf_goes_on_after_one_command(old_run, words, straight, faces, tmp_path):
     for name, (code, text) in said_by_each(words(old_run), tmp_path).items():
         assert code == 1, name
-        assert (
-            f"expected format {files.FORMAT}, found 1, which an older lgaf wrote; convert it with `lgaf chec"
-            in text
-        )
+        assert f"expected format {directory.FORMAT}, found 1, which an older lgaf wrote; convert it" in text
     done = run("checkpoint", "convert", old_run)
     assert done.stdout == "step-00000002: converted\n"
     assert run("checkpoint", "convert", old_run).stdout == "step-00000002: has the current format already\n"
@@ -189,7 +188,7 @@ def poisoned(kind, marker):
 
 @pytest.mark.parametrize("kind", ["reduce", "getattr", "field", "bytes"])
 def test_a_crafted_checkpoint_of_format_1_runs_nothing(old_run, kind, tmp_path):
-    marker, checkpoint = tmp_path / "exploited", files.final_path(old_run, 2)
+    marker, checkpoint = tmp_path / "exploited", directory.final_path(old_run, 2)
     (checkpoint / ".metadata").write_bytes(poisoned(kind, marker))
     torch.save(Exploit(marker), checkpoint / "__0_0.distcp")
     seal_as_format_1(checkpoint)
@@ -208,7 +207,7 @@ def test_a_crafted_checkpoint_of_format_1_runs_nothing(old_run, kind, tmp_path):
 
 
 def test_a_crafted_tensor_of_format_1_runs_nothing(old_run, tmp_path):
-    marker, checkpoint = tmp_path / "exploited", files.final_path(old_run, 2)
+    marker, checkpoint = tmp_path / "exploited", directory.final_path(old_run, 2)
     archive = checkpoint / "__0_0.distcp"
     size = archive.stat().st_size
     torch.save(Exploit(marker), archive)
@@ -221,23 +220,23 @@ def test_a_crafted_tensor_of_format_1_runs_nothing(old_run, tmp_path):
 
 def test_no_command_runs_what_a_crafted_checkpoint_names(straight, old_run, words, tmp_path):
     marker = tmp_path / "exploited"
-    checkpoint = files.final_path(old_run, 2)
+    checkpoint = directory.final_path(old_run, 2)
     (checkpoint / ".metadata").write_bytes(poisoned("bytes", marker))
     torch.save(Exploit(marker), checkpoint / "__0_0.distcp")
     seal_as_format_1(checkpoint)
     outcomes = said_by_each(words(old_run), tmp_path)
     # And one of the present format, with a pickle in the place of a tensor's bytes.
     shutil.rmtree(checkpoint)
-    shutil.copytree(files.final_path(straight, 2), checkpoint)
+    shutil.copytree(directory.final_path(straight, 2), checkpoint)
     content = (checkpoint / "rank-0.bin").read_bytes()
     torch.save(Exploit(marker), checkpoint / "rank-0.bin")
     archive = (checkpoint / "rank-0.bin").read_bytes()
     (checkpoint / "rank-0.bin").write_bytes(archive + content[len(archive) :])
     (checkpoint / ".metadata").write_bytes(poisoned("reduce", marker))
-    manifest = files.read_manifest(checkpoint)
+    manifest = directory.read_manifest(checkpoint)
     manifest.files["rank-0.bin"] = FileSum.of(checkpoint / "rank-0.bin")
-    (checkpoint / files.MANIFEST).write_text(files._sealed(manifest))
-    assert files.damage(checkpoint) is None
+    (checkpoint / directory.MANIFEST).write_text(directory._sealed(manifest))
+    assert directory.damage(checkpoint) is None
     said = said_by_each(words(old_run), tmp_path)
     for name, (code, text) in outcomes.items():
         assert code == 1, (name, text)
@@ -251,9 +250,9 @@ def test_a_checkpoint_without_room_to_rewrite_stays(old_run, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    checkpoint = files.final_path(old_run, 2)
+    checkpoint = directory.final_path(old_run, 2)
     before = {path: path.read_bytes() for path in checkpoint.iterdir()}
-    monkeypatch.setattr(files, "publish", full)
+    monkeypatch.setattr(directory, "publish", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint_convert.convert(checkpoint)
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
@@ -261,7 +260,7 @@ def test_a_checkpoint_without_room_to_rewrite_stays(old_run, monkeypatch):
 
 
 def test_a_conversion_that_was_killed_between_its_renames_is_restored(old_run):
-    checkpoint = files.final_path(old_run, 2)
+    checkpoint = directory.final_path(old_run, 2)
     checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old"))
     done = run("checkpoint", "convert", checkpoint)
     assert done.stdout == "step-00000002: converted\n", done.stderr
@@ -269,11 +268,11 @@ def test_a_conversion_that_was_killed_between_its_renames_is_restored(old_run):
 
 
 def test_one_that_cannot_be_converted_does_not_keep_others_from_it(old_run, tmp_path):
-    checkpoint = files.final_path(old_run, 2)
-    damaged = shutil.copytree(checkpoint, files.final_path(old_run, 1))
+    checkpoint = directory.final_path(old_run, 2)
+    damaged = shutil.copytree(checkpoint, directory.final_path(old_run, 1))
     (damaged / "__0_0.distcp").write_bytes(b"damaged")
     done = run("checkpoint", "convert", old_run)
     assert done.returncode == 1
     assert done.stdout == "step-00000002: converted\n"
     assert "step-00000001: not converted: " in done.stderr
-    assert files.damage(checkpoint) is None
+    assert directory.damage(checkpoint) is None

@@ -1,4 +1,4 @@
-"""Which checkpoints stay and which go, whatever is broken, and what a kill at any instant leaves."""
+"""Retention and removal of checkpoints, damaged files, and kills at any time."""
 
 import zlib
 
@@ -6,29 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.checkpoint import directory as files
+from trainer.checkpoint import directory
 from trainer.checkpoint.checksummed_file import FileSum
 from trainer.checkpoint.directory import Header
 
 
 def write(run_dir, step, content=b"tensors", config=()):
-    final = files.final_path(run_dir, step)
-    partial = files.begin(final)
+    final = directory.final_path(run_dir, step)
+    partial = directory.begin(final)
     (partial / "data").write_bytes(content)
     sums = {"data": FileSum(len(content), f"{zlib.crc32(content):08x}")}
-    files.publish(partial, final, Header(step, dict(config), {}, {}), sums, {})
+    directory.publish(partial, final, Header(step, dict(config), {}, {}), sums, {})
     return final
 
 
 def steps(run_dir):
-    return [files.step_of(path) for path in files.all_of(run_dir)]
+    return [directory.step_of(path) for path in directory.all_of(run_dir)]
 
 
 def superfluous(run_dir, keep, every_steps=None, until_step=None):
-    found = files.superfluous(
-        run_dir, keep=keep, every_steps=every_steps, look=files.wrong_size, until_step=until_step
+    found = directory.superfluous(
+        run_dir, keep=keep, every_steps=every_steps, look=directory.wrong_size, until_step=until_step
     )
-    return [files.step_of(path) for path in found]
+    return [directory.step_of(path) for path in found]
 
 
 def test_the_newest_and_the_multiples_stay(tmp_path):
@@ -61,14 +61,14 @@ def test_those_of_another_future_neither_count_nor_go(tmp_path):
 def test_never_is_a_good_one_lost_that_is_wanted(tmp_path_factory, are_good, keep, every_steps):
     run_dir = tmp_path_factory.mktemp("run")
     for step in are_good:
-        files.final_path(run_dir, step).mkdir(parents=True)
-    gone = files.superfluous(
+        directory.final_path(run_dir, step).mkdir(parents=True)
+    gone = directory.superfluous(
         run_dir,
         keep=keep,
         every_steps=every_steps,
-        look=lambda path, part=0, parts=1: None if are_good[files.step_of(path)] else "broken",
+        look=lambda path, part=0, parts=1: None if are_good[directory.step_of(path)] else "broken",
     )
-    left = set(are_good) - {files.step_of(path) for path in gone}
+    left = set(are_good) - {directory.step_of(path) for path in gone}
     good = sorted(step for step in are_good if are_good[step])
     assert set(good[-keep:]) <= left
     assert all(step in left for step in are_good if every_steps and step % every_steps == 0)
@@ -77,17 +77,17 @@ def test_never_is_a_good_one_lost_that_is_wanted(tmp_path_factory, are_good, kee
 
 def test_leftovers_go_and_checkpoints_do_not(tmp_path):
     write(tmp_path, 10)
-    (files.begin(files.final_path(tmp_path, 20)) / "data").write_bytes(b"half")
-    (files.folder_of(tmp_path) / ".step-00000010.old").mkdir()
-    files.clean(tmp_path)
-    assert [path.name for path in files.folder_of(tmp_path).iterdir()] == ["step-00000010"]
+    (directory.begin(directory.final_path(tmp_path, 20)) / "data").write_bytes(b"half")
+    (directory.folder_of(tmp_path) / ".step-00000010.old").mkdir()
+    directory.clean(tmp_path)
+    assert [path.name for path in directory.folder_of(tmp_path).iterdir()] == ["step-00000010"]
 
 
 def test_a_kill_between_the_renames_is_mended(tmp_path):
     final = write(tmp_path, 10)
     final.rename(final.with_name(f".{final.name}.old"))
-    files.clean(tmp_path)
-    assert files.damage(final) is None
+    directory.clean(tmp_path)
+    assert directory.damage(final) is None
 
 
 def test_a_removal_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
@@ -97,12 +97,12 @@ def test_a_removal_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", killed)
+        patch.setattr(directory.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            files.remove(final)
+            directory.remove(final)
     assert steps(tmp_path) == []
-    files.clean(tmp_path)
-    assert not list(files.folder_of(tmp_path).iterdir())
+    directory.clean(tmp_path)
+    assert not list(directory.folder_of(tmp_path).iterdir())
 
 
 def test_any_changed_byte_of_the_manifest_is_seen(tmp_path):
@@ -112,15 +112,15 @@ def test_any_changed_byte_of_the_manifest_is_seen(tmp_path):
         changed = bytearray(before)
         changed[position] ^= 1
         path.write_bytes(changed)
-        assert "checkpoint.json: expected a checkpoint's manifest, found" in files.damage(path.parent)
+        assert "checkpoint.json: expected a checkpoint's manifest, found" in directory.damage(path.parent)
     path.write_bytes(before)
-    assert files.damage(path.parent) is None
+    assert directory.damage(path.parent) is None
 
 
 def test_shares_of_a_look_cover_every_file(tmp_path):
     run_dir = tmp_path
     final = write(run_dir, 10)
     (final / "data").write_bytes(b"tensorz")
-    assert [files.wrong_size(final, part, 3) for part in range(3)] == [None] * 3
-    found = [files.wrong_sum(final, part, 3) for part in range(3)]
+    assert [directory.wrong_size(final, part, 3) for part in range(3)] == [None] * 3
+    found = [directory.wrong_sum(final, part, 3) for part in range(3)]
     assert sum(problem is not None for problem in found) == 1

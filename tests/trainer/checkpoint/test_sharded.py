@@ -15,9 +15,7 @@ import torch.distributed as dist
 from partial_fc.collectives import logical
 from partial_fc.partition import class_range
 from tests.ranks import run_ranks
-from trainer.checkpoint import directory as files
-from trainer.checkpoint import sharded as checkpoint
-from trainer.checkpoint import storage
+from trainer.checkpoint import directory, sharded, storage
 from trainer.checkpoint.directory import CheckpointError, Header
 
 CLASSES = 7
@@ -28,8 +26,8 @@ def header(step):
 
 
 def part(rank, size, fill):
-    """What one rank writes of it."""
-    return checkpoint.share_out(state(rank, size, fill), rank, size)
+    """Return the part that one rank writes."""
+    return sharded.share_out(state(rank, size, fill), rank, size)
 
 
 def state(rank, size, fill):
@@ -44,12 +42,12 @@ def state(rank, size, fill):
 
 
 def latest(run_dir):
-    return files.all_of(run_dir)[-1]
+    return directory.all_of(run_dir)[-1]
 
 
 def save_three(rank, run_dir):
     for step in (10, 20, 30):
-        checkpoint.save(run_dir, part(rank, 3, step), header(step), keep=2, group=dist.group.WORLD)
+        sharded.save(run_dir, part(rank, 3, step), header(step), keep=2, group=dist.group.WORLD)
 
 
 def load_newest(rank, size, run_dir):
@@ -57,7 +55,7 @@ def load_newest(rank, size, run_dir):
     for part in blank.values():
         for tensor in part.values():
             (tensor.to_local() if hasattr(tensor, "to_local") else tensor).zero_()
-    checkpoint.load(latest(run_dir), blank, group=dist.group.WORLD)
+    sharded.load(latest(run_dir), blank, group=dist.group.WORLD)
     return (
         blank["backbone_weight"]["conv.weight"],
         blank["backbone_buffer"]["counted"],
@@ -89,7 +87,7 @@ def test_the_newest_are_kept_and_nothing_else_is_there(saved):
         "step-00000020",
         "step-00000030",
     ]
-    assert files.read_manifest(latest(saved)).header == header(30)
+    assert directory.read_manifest(latest(saved)).header == header(30)
 
 
 def test_any_number_of_ranks_reads_what_three_wrote(saved):
@@ -101,7 +99,7 @@ def test_any_number_of_ranks_reads_what_three_wrote(saved):
 
 
 def newest(rank, run_dir):
-    return checkpoint.newest(run_dir, group=dist.group.WORLD)
+    return sharded.newest(run_dir, group=dist.group.WORLD)
 
 
 def truncate(path):
@@ -119,12 +117,12 @@ FILES = ("rank-0.bin", "rank-1.bin", "rank-2.bin", "checkpoint.json")
 
 def test_the_manifest_has_every_file_and_its_sum(saved):
     path = latest(saved)
-    manifest = files.read_manifest(path)
+    manifest = directory.read_manifest(path)
     assert sorted(FILES) == sorted(file.name for file in path.iterdir())
     assert {*manifest.files, "checkpoint.json"} == {*FILES}
     for name, entry in manifest.files.items():
         content = (path / name).read_bytes()
-        assert entry == files.FileSum(len(content), f"{zlib.crc32(content):08x}")
+        assert entry == directory.FileSum(len(content), f"{zlib.crc32(content):08x}")
 
 
 def test_every_file_is_whole_when_it_is_synced(alone, tmp_path, monkeypatch):
@@ -135,7 +133,7 @@ def test_every_file_is_whole_when_it_is_synced(alone, tmp_path, monkeypatch):
         synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
 
     monkeypatch.setattr(os, "fsync", noted)
-    folder = checkpoint.save(tmp_path, state(0, 1, 1), header(1), keep=1, group=dist.group.WORLD)
+    folder = sharded.save(tmp_path, state(0, 1, 1), header(1), keep=1, group=dist.group.WORLD)
     for path in folder.iterdir():
         assert synced[path.stat().st_ino] == path.stat().st_size, path
 
@@ -151,7 +149,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run_dir, alon
     words = rf"lgaf: {where}: expected .*, found.*; step-00000030 is damaged and skipped\n"
     assert re.fullmatch(words, said)
     with pytest.raises(CheckpointError, match=rf"{where}: .* is damaged, use another"):
-        checkpoint.locate(path, group=dist.group.WORLD)
+        sharded.locate(path, group=dist.group.WORLD)
     assert path.is_dir()
 
 
@@ -164,7 +162,7 @@ def test_many_ranks_find_the_damage_together_and_say_it_once(run_dir, capfd):
 
 
 def test_no_good_checkpoint_is_an_error_and_no_new_beginning(run_dir, alone, capfd):
-    for path in files.all_of(run_dir):
+    for path in directory.all_of(run_dir):
         truncate(path / "rank-1.bin")
     with pytest.raises(CheckpointError, match="expected an intact checkpoint, found 2, all damaged"):
         newest(0, run_dir)
@@ -174,11 +172,11 @@ def test_no_good_checkpoint_is_an_error_and_no_new_beginning(run_dir, alone, cap
 def test_a_folder_without_checkpoints(tmp_path, alone):
     assert newest(0, tmp_path) is None
     with pytest.raises(CheckpointError, match=r"expected a checkpoint .* or a run directory .* found none"):
-        checkpoint.locate(tmp_path, group=dist.group.WORLD)
+        sharded.locate(tmp_path, group=dist.group.WORLD)
 
 
 def test_a_save_that_fails_leaves_nothing_and_all_ranks_know(run_dir, tmp_path):
-    before = files.all_of(run_dir)
+    before = directory.all_of(run_dir)
     failures = run_ranks(save_with_little_room, 3, run_dir)
     assert len(set(failures)) == 1
     assert re.search(r"step-00000040 could not be written by rank \d: .*; check the disk", failures[0])
@@ -190,16 +188,16 @@ def save_with_little_room(rank, run_dir):
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
     try:
-        checkpoint.save(run_dir, part(rank, 3, 40), header(40), keep=2, group=dist.group.WORLD)
+        sharded.save(run_dir, part(rank, 3, 40), header(40), keep=2, group=dist.group.WORLD)
     except CheckpointError as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_written_anew(run_dir, alone):
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run_dir, alone):
     truncate(latest(run_dir) / "rank-1.bin")
-    checkpoint.save(run_dir, state(0, 1, 31), header(30), keep=2, group=dist.group.WORLD)
+    sharded.save(run_dir, state(0, 1, 31), header(30), keep=2, group=dist.group.WORLD)
     assert newest(0, run_dir).name == "step-00000030"
     assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
@@ -207,7 +205,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_written_anew(run_dir, alone):
 def test_what_all_hold_is_shared_out_once(alone):
     whole = {"a": {name: torch.zeros(size) for name, size in (("x", 8), ("y", 5), ("z", 4), ("w", 0))}}
     whole["head"] = {"rows": state(0, 1, 0)["head"]["weight"]}
-    parts = [checkpoint.share_out(whole, rank, 2) for rank in range(2)]
+    parts = [sharded.share_out(whole, rank, 2) for rank in range(2)]
     assert [sorted(part["a"]) for part in parts] == [["w", "x"], ["y", "z"]]
     assert all(list(part["head"]) == ["rows"] for part in parts)
 
@@ -235,12 +233,12 @@ def test_another_model_is_refused(run_dir, alone, other, message):
     with pytest.raises(
         CheckpointError, match=rf"step-00000030: expected the tensors of this model, found .*: .*{message}"
     ):
-        checkpoint.load(latest(run_dir), other(), group=dist.group.WORLD)
+        sharded.load(latest(run_dir), other(), group=dist.group.WORLD)
 
 
 def test_a_part_can_be_loaded_alone(run_dir, alone):
     part = {"backbone_weight": {"conv.weight": torch.zeros(4, 2)}}
-    checkpoint.load(latest(run_dir), part, group=dist.group.WORLD)
+    sharded.load(latest(run_dir), part, group=dist.group.WORLD)
     assert torch.equal(part["backbone_weight"]["conv.weight"], torch.full((4, 2), 30.0))
 
 
@@ -249,7 +247,7 @@ def test_a_truncated_part_is_named(run_dir, alone):
     truncate(path / "rank-1.bin")
     words = "step-00000030: a part of it could not be read by rank 0: EOFError: expected .* more bytes"
     with pytest.raises(CheckpointError, match=words):
-        checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
+        sharded.load(path, state(0, 1, 0), group=dist.group.WORLD)
 
 
 def test_the_manifest_is_plain_json(saved):
@@ -270,49 +268,49 @@ def test_a_write_that_fails_anywhere_in_a_file_says_why(nbytes, tmp_path, alone)
     for limit in limits:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            checkpoint.save(tmp_path, tensors, header(1), keep=1, group=dist.group.WORLD)
+            sharded.save(tmp_path, tensors, header(1), keep=1, group=dist.group.WORLD)
         except CheckpointError as error:
             said.append(str(error))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(said) == len(limits)
     assert all("by rank 0: OSError: [Errno 27] File too large; check the disk" in text for text in said)
-    assert not list(files.folder_of(tmp_path).iterdir())
+    assert not list(directory.folder_of(tmp_path).iterdir())
 
 
-DTYPES = [getattr(torch, name) for name in files.ITEM_BYTES]
+DTYPES = [getattr(torch, name) for name in directory.ITEM_BYTES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (5, 3), (0, 3), (3, 0), (2, 3, 4, 5)], ids=str)
 def test_every_dtype_and_shape_comes_back_with_the_same_bits(dtype, shape, tmp_path, alone):
     tensor = (torch.randn(shape) * 100).to(dtype)
-    checkpoint.save(tmp_path, {"head": {"it": tensor}}, header(1), keep=1, group=dist.group.WORLD)
+    sharded.save(tmp_path, {"head": {"it": tensor}}, header(1), keep=1, group=dist.group.WORLD)
     blank = {"head": {"it": torch.zeros_like(tensor)}}
-    checkpoint.load(latest(tmp_path), blank, group=dist.group.WORLD)
+    sharded.load(latest(tmp_path), blank, group=dist.group.WORLD)
     assert blank["head"]["it"].dtype == dtype
     assert torch.equal(blank["head"]["it"], tensor)
 
 
 def test_a_tensor_in_another_memory_format_comes_back(tmp_path, alone):
     tensor = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    checkpoint.save(tmp_path, {"head": {"it": tensor}}, header(1), keep=1, group=dist.group.WORLD)
+    sharded.save(tmp_path, {"head": {"it": tensor}}, header(1), keep=1, group=dist.group.WORLD)
     blank = {"head": {"it": torch.zeros(2, 3, 4, 5)}}
-    checkpoint.load(latest(tmp_path), blank, group=dist.group.WORLD)
+    sharded.load(latest(tmp_path), blank, group=dist.group.WORLD)
     assert torch.equal(blank["head"]["it"], tensor)
 
 
 def test_large_chunks_are_read_in_pieces(tmp_path, alone, monkeypatch):
     rows = torch.randn(50, 3)
-    checkpoint.save(tmp_path, {"head": {"it": rows}}, header(1), keep=1, group=dist.group.WORLD)
+    sharded.save(tmp_path, {"head": {"it": rows}}, header(1), keep=1, group=dist.group.WORLD)
     monkeypatch.setattr(storage, "_PIECE_BYTES", 100)
     blank = {"head": {"it": torch.zeros(50, 3)}}
-    checkpoint.load(latest(tmp_path), blank, group=dist.group.WORLD)
+    sharded.load(latest(tmp_path), blank, group=dist.group.WORLD)
     assert torch.equal(blank["head"]["it"], rows)
 
 
 def reseal(path, change):
-    """Change a manifest as someone would who also mends its own sum."""
+    """Change a manifest and correct its own checksum."""
     manifest = json.loads((path / "checkpoint.json").read_text())
     change(manifest)
     del manifest["crc32"]
@@ -373,13 +371,13 @@ def tensor_with(**values):
 def test_a_crafted_manifest_is_refused(run_dir, alone, change, message):
     path = latest(run_dir)
     reseal(path, lambda manifest: None)
-    assert files.damage(path) is None
+    assert directory.damage(path) is None
     reseal(path, change)
     with pytest.raises(
         CheckpointError, match=rf"checkpoint\.json: expected a .*manifest, found: .*{message}"
     ):
-        checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
-    assert "checkpoint.json: expected a checkpoint's manifest" in files.damage(path)
+        sharded.load(path, state(0, 1, 0), group=dist.group.WORLD)
+    assert "checkpoint.json: expected a checkpoint's manifest" in directory.damage(path)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "device", "folder"])
@@ -395,9 +393,9 @@ def test_only_regular_files_are_opened(run_dir, alone, tmp_path, kind):
         victim.symlink_to("/dev/zero")
     else:
         victim.mkdir()
-    assert re.search(r"rank-1\.bin: expected ", files.damage(path))
+    assert re.search(r"rank-1\.bin: expected ", directory.damage(path))
     with pytest.raises(CheckpointError, match="a part of it could not be read"):
-        checkpoint.load(path, state(0, 1, 0), group=dist.group.WORLD)
+        sharded.load(path, state(0, 1, 0), group=dist.group.WORLD)
 
 
 def test_a_deeply_nested_manifest_is_damaged_and_no_traceback(run_dir, alone):
@@ -406,7 +404,7 @@ def test_a_deeply_nested_manifest_is_damaged_and_no_traceback(run_dir, alone):
     for depth in (600, 100_000):
         nested = "[" * depth + "]" * depth
         (path / "checkpoint.json").write_text(text.replace('"seed": 1', f'"seed": {nested}'))
-        assert "checkpoint.json: expected a checkpoint's manifest, found" in files.damage(path)
+        assert "checkpoint.json: expected a checkpoint's manifest, found" in directory.damage(path)
     assert newest(0, run_dir).name == "step-00000020"
 
 
@@ -418,5 +416,5 @@ def test_a_manifest_that_is_no_regular_file_is_not_opened(run_dir, alone, kind):
         os.mkfifo(manifest)
     else:
         manifest.symlink_to("/dev/zero")
-    assert "checkpoint.json: expected a checkpoint's manifest, found" in files.damage(manifest.parent)
+    assert "checkpoint.json: expected a checkpoint's manifest, found" in directory.damage(manifest.parent)
     assert newest(0, run_dir).name == "step-00000020"

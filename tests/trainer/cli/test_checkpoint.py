@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from tests.trainer.checkpoint.test_directory import write
 from trainer.__main__ import app
-from trainer.checkpoint import directory as files
+from trainer.checkpoint import directory
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def call(*words):
 
 
 def steps(run_dir):
-    return [files.step_of(path) for path in files.all_of(run_dir)]
+    return [directory.step_of(path) for path in directory.all_of(run_dir)]
 
 
 def test_ls_shows_what_is_there_and_what_is_broken(run_dir):
-    (files.final_path(run_dir, 20) / "data").write_bytes(b"short")
+    (directory.final_path(run_dir, 20) / "data").write_bytes(b"short")
     done = call("ls", run_dir)
     assert done.exit_code == 0
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
@@ -37,7 +37,7 @@ def test_ls_shows_what_is_there_and_what_is_broken(run_dir):
 
 def test_show_is_of_the_newest_or_the_one_named(run_dir):
     assert "step 30, written" in call("show", run_dir).stdout
-    shown = call("show", files.final_path(run_dir, 10)).stdout
+    shown = call("show", directory.final_path(run_dir, 10)).stdout
     assert "step 10, written" in shown
     assert "data: 7 bytes, CRC-32 " in shown
     assert json.loads(shown.partition("configuration\n")[2]) == {"checkpoint": {"keep_every_steps": None}}
@@ -47,21 +47,21 @@ def test_verify_reads_every_byte_and_has_an_exit_code(run_dir):
     done = call("verify", run_dir)
     assert done.exit_code == 0
     assert done.stdout.count("intact") == 3
-    (files.final_path(run_dir, 20) / "data").write_bytes(b"tensorz")
+    (directory.final_path(run_dir, 20) / "data").write_bytes(b"tensorz")
     done = call("verify", run_dir)
     assert done.exit_code == 1
     assert done.stdout.count("intact") == 2
     assert "step-00000020: damaged: " in done.stdout
-    assert call("verify", files.final_path(run_dir, 30)).exit_code == 0
-    assert call("verify", files.final_path(run_dir, 20)).exit_code == 1
+    assert call("verify", directory.final_path(run_dir, 30)).exit_code == 0
+    assert call("verify", directory.final_path(run_dir, 20)).exit_code == 1
 
 
 def test_prune_counts_only_what_it_has_read(run_dir):
-    (files.final_path(run_dir, 30) / "data").write_bytes(b"tensorz")
+    (directory.final_path(run_dir, 30) / "data").write_bytes(b"tensorz")
     done = call("prune", run_dir, "--keep", "1", "--dry-run")
-    assert done.stdout == f"would remove {files.final_path(run_dir, 10)}\n"
+    assert done.stdout == f"would remove {directory.final_path(run_dir, 10)}\n"
     assert steps(run_dir) == [10, 20, 30]
-    assert call("prune", run_dir, "--keep", "1").stdout == f"removed {files.final_path(run_dir, 10)}\n"
+    assert call("prune", run_dir, "--keep", "1").stdout == f"removed {directory.final_path(run_dir, 10)}\n"
     assert steps(run_dir) == [20, 30]
 
 

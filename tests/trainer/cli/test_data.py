@@ -12,13 +12,13 @@ from data_pipeline.common.pillow_decode import DecodeError, decoded
 from data_pipeline.indexed.catalog import open_catalog
 from data_pipeline.synthetic.identities import SynthConfig
 from data_pipeline.tools import inspect as inspection
-from trainer import config_file as settings
+from trainer import config_file
 from trainer.cli import data as commands
 
 
 def run(*words):
-    """What a command prints; its error is raised here."""
-    # Help is drawn for a terminal of this width, whatever the machine says.
+    """Return the output of a command; its error is raised here."""
+    # Help is formatted for a terminal of this width on every machine.
     runner = CliRunner(env={"TERMINAL_WIDTH": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1"})
     done = runner.invoke(commands.app, [str(word) for word in words])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -55,7 +55,7 @@ def test_synth_refuses_an_unknown_key_and_writes_nothing(tmp_path):
 
 
 def test_the_demo_s_configuration_is_valid(pytestconfig):
-    config = settings.load(SynthConfig, pytestconfig.rootpath / "configs" / "demo_data.toml")
+    config = config_file.load(SynthConfig, pytestconfig.rootpath / "configs" / "demo_data.toml")
     assert config.identities > 100
 
 
@@ -102,7 +102,7 @@ def test_inspect_refuses_a_configuration_without_augmentation(dataset, tmp_path)
 
 def test_the_augmentation_of_a_recipe_can_be_looked_at(pytestconfig):
     recipe = pytestconfig.rootpath / "configs" / "lgaf_r100_webface4m.toml"
-    config = settings.load(commands._AugmentFile, recipe).data.augment
+    config = config_file.load(commands._AugmentFile, recipe).data.augment
     assert augment.of_samples(config, 0, np.arange(1)).changes.keys() == {
         "crop",
         "low_resolution",

@@ -1,4 +1,4 @@
-"""Two pictures compared, and where the threshold of the verdict is from."""
+"""Comparison of two images, and the source of the decision threshold."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
-from tests.trainer.inference.test_embed import SIZE, one_by_one, paint
+from tests.trainer.inference.test_embed import SIZE, one_by_one, write_image
 from tests.trainer.networks import small_network
 from trainer.__main__ import app
 from trainer.evaluation import compare
-from trainer.inference import network as extraction
+from trainer.inference.network import write_pt
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def network():
 @pytest.fixture
 def faces(tmp_path):
     for seed in (1, 2):
-        paint(tmp_path / f"{seed}.png", seed=seed)
+        write_image(tmp_path / f"{seed}.png", seed=seed)
     return tmp_path / "1.png", tmp_path / "2.png"
 
 
@@ -63,7 +63,7 @@ def test_a_run_knows_the_threshold_of_each_step_it_evaluated(tmp_path):
 
 
 def test_the_command_judges_only_by_a_threshold_it_knows(network, faces, tmp_path):
-    extraction.write_pt(network, tmp_path / "n.pt")
+    write_pt(network, tmp_path / "n.pt")
 
     def call(*words):
         done = CliRunner().invoke(

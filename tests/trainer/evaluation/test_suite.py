@@ -1,4 +1,4 @@
-"""Suites from their files to what `lgaf eval` leaves: on stand-ins in the official layouts, by two ranks."""
+"""Suites from configuration to output of `lgaf eval`, on small sets in official layouts, on two ranks."""
 
 import json
 import re
@@ -15,13 +15,12 @@ from tests.trainer.conftest import ROOT, run
 from tests.trainer.evaluation.layouts import write_ijb, write_megaface, write_scface, write_tinyface
 from tests.trainer.inference.test_embedder import picture
 from tests.trainer.report.test_training import Page
-from trainer import backbones
-from trainer import config_file as settings
+from trainer import backbones, config_file
 from trainer.__main__ import app
 from trainer.backbones.iresnet import IResNetConfig
 from trainer.evaluation.suite import Suite, SuiteConfig
 from trainer.inference.alignment import aligned
-from trainer.inference.images import open_picture, resized, to_network
+from trainer.inference.images import open_image, resized, to_network
 from trainer.inference.network import Network, write_pt
 
 SIZE = 32
@@ -30,7 +29,7 @@ SETS = ("lfw", "cfp_fp", "cplfw", "agedb_30", "calfw")
 
 
 def write_sets(folder):
-    """Twenty pairs each, one person shown by one picture twice; k truths of set k are wrong."""
+    """Write twenty pairs each; genuine pairs repeat one image, and k labels of set k are wrong."""
     for k, name in enumerate(SETS):
         images = [picture(1000 * k + i - (i % 4 == 1)) for i in range(40)]
         issame_P = np.tile([True, False], 10)
@@ -39,7 +38,7 @@ def write_sets(folder):
 
 
 def write_protocols(folder):
-    """All other protocols, and then a picture of its own in every file."""
+    """Write all other protocols, then a different image to every file."""
     write_tinyface(
         folder / "tinyface" / "Testing_Set",
         [f"{i}_1.jpg" for i in range(1, 6)],
@@ -90,7 +89,7 @@ def everything(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(data, network, everything, tmp_path_factory):
-    """What the command said, and the folder that it left."""
+    """The command's output, and its output folder."""
     out = tmp_path_factory.mktemp("out") / "results"
     done = run("eval", network[0], "--suite", everything, "--set", f"folder={data}", "--out", out, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -98,7 +97,7 @@ def evaluated(data, network, everything, tmp_path_factory):
 
 
 class PlainEmbedder:
-    """The twin: one process, one list of pictures."""
+    """Return the results of the reference: one process, one list of images."""
 
     def __init__(self, model):
         self.model = model
@@ -110,7 +109,7 @@ class PlainEmbedder:
         return (self.model(images_BCHW).emb_BD + self.model(images_BCHW.flip(3)).emb_BD).numpy()
 
     def cropped(self, face):
-        image = open_picture(face.path, face.encoded)
+        image = open_image(face.path, face.encoded)
         if face.landmark_52 is None:
             return resized(image, SIZE)
         return aligned(image, face.landmark_52, SIZE, "")
@@ -127,7 +126,7 @@ def figures_of(results):
 
 
 def test_two_ranks_find_what_one_process_does(evaluated, data, network, everything):
-    config = settings.load(SuiteConfig, everything, [f"folder={data}"])
+    config = config_file.load(SuiteConfig, everything, [f"folder={data}"])
     found = figures_of(json.loads((evaluated[1] / "results.json").read_text())["results"])
     expected = {
         (protocol, task, name): value
@@ -198,7 +197,7 @@ def test_the_report_and_the_drawings_show_curves_of_all(evaluated):
     assert not re.search(r"\b(nan|inf)\b", page.html)
 
 
-def test_a_damaged_picture_of_one_rank_ends_all_with_its_name(network, tmp_path):
+def test_a_damaged_image_of_one_rank_ends_all_with_its_name(network, tmp_path):
     folder = write_tinyface(
         tmp_path / "Testing_Set", ["1_1.jpg"], ["1_2.jpg"], [f"{i}.jpg" for i in range(50)]
     )
@@ -217,7 +216,7 @@ def test_a_damaged_picture_of_one_rank_ends_all_with_its_name(network, tmp_path)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_suite_says_which_file_is_missing(path, tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
-        Suite(settings.load(SuiteConfig, path, [f"folder={tmp_path}"]))
+        Suite(config_file.load(SuiteConfig, path, [f"folder={tmp_path}"]))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,7 @@ def test_a_suite_with_a_mistake_is_refused(text, complaint, tmp_path):
     path = tmp_path / "suite.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=complaint) as raised:
-        settings.load(SuiteConfig, path)
+        config_file.load(SuiteConfig, path)
     assert str(path) in str(raised.value)
 
 

@@ -48,7 +48,7 @@ def test_pixels_move_by_whole_steps_without_blur():
     pixels = np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8)
     placed = aligned(Image.fromarray(pixels), TEMPLATE_52 + np.array([7, 12]), 112, "a")
     same_pixels(placed, pixels[12:124, 7:119])
-    # A quarter turn about the middle of the picture, also without blur.
+    # A quarter turn about the centre of the image, also without blur.
     turned = moved(TEMPLATE_52 - 55.5, 90, 1, (55.5, 55.5))
     whole = Image.fromarray(pixels[:112, :112])
     same_pixels(aligned(whole, turned, 112, "a"), np.rot90(pixels[:112, :112]))
@@ -65,6 +65,6 @@ def test_eyes_are_found_in_the_same_place_at_any_size():
 
 
 @pytest.mark.parametrize("points", [np.full((5, 2), 3.0), np.full((5, 2), np.nan), np.array([[0, 0]] * 5)])
-def test_points_that_are_no_face_name_the_picture(points):
+def test_invalid_landmarks_name_the_image(points):
     with pytest.raises(ValueError, match=r"folder/9\.jpg: expected the five landmarks of a face, found"):
         aligned(Image.new("RGB", (40, 40)), points, 112, "folder/9.jpg")

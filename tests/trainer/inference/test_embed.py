@@ -1,4 +1,4 @@
-"""Folders of pictures become tables: every file a row, in order, with what the network alone says of it."""
+"""Embedding files of folders of images: a row for every file, in order, with the network's own outputs."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from data_pipeline.decode import Decoder
 from tests.trainer.networks import STEP, embedded, small_network
 from trainer.__main__ import app
 from trainer.inference import embed, embedding_file
-from trainer.inference import network as extraction
+from trainer.inference.network import write_pt
 
 SIZE = 32
 ORDER = [
@@ -32,7 +32,7 @@ ORDER = [
 BAD = {"b/broken.jpg", "b/notes.txt"}
 
 
-def paint(path, size=(SIZE, SIZE), mode="RGB", seed=0, **how):
+def write_image(path, size=(SIZE, SIZE), mode="RGB", seed=0, **how):
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **how)
@@ -41,12 +41,12 @@ def paint(path, size=(SIZE, SIZE), mode="RGB", seed=0, **how):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    paint(folder / "a/s10.jpg", seed=1)
-    paint(folder / "a/s2.png", seed=2)
-    paint(folder / "b/deeper/grey.png", seed=3, mode="L")
-    paint(folder / "b/deeper/large.png", seed=4, size=(90, 70))
-    paint(folder / "c.png", seed=5)
-    paint(folder / ".hidden.png", seed=6)
+    write_image(folder / "a/s10.jpg", seed=1)
+    write_image(folder / "a/s2.png", seed=2)
+    write_image(folder / "b/deeper/grey.png", seed=3, mode="L")
+    write_image(folder / "b/deeper/large.png", seed=4, size=(90, 70))
+    write_image(folder / "c.png", seed=5)
+    write_image(folder / ".hidden.png", seed=6)
     whole = (folder / "a/s10.jpg").read_bytes()
     (folder / "b/broken.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "b/notes.txt").write_text("no picture")
@@ -82,7 +82,7 @@ def read(out):
 
 
 def one_by_one(network, path, flip):
-    """The embedding of one picture by the shortest way there is."""
+    """Return the embedding of one image, computed directly."""
     image = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     image_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     emb_BD = embedded(network, torch.stack([image_CHW, image_CHW.flip(2)]))
@@ -150,14 +150,14 @@ def test_parquet_is_written_in_groups_as_it_comes(folder, network, tmp_path, mon
     assert str(file.schema_arrow.field("embedding").type) == "fixed_size_list<element: float>[16]"
 
 
-def test_a_first_batch_without_pictures(folder, network, tmp_path):
+def test_a_first_batch_without_images(folder, network, tmp_path):
     out = tmp_path / "faces.parquet"
     done = embed_into(out, network, [folder / "b/broken.jpg", folder / "c.png"], batch_size=1)
     assert np.isnan(read(out)["quality"]).tolist() == [True, False]
     assert len(done.bad) == 1
 
 
-def test_no_picture_at_all_is_an_error(folder, network, tmp_path):
+def test_no_image_at_all_is_an_error(folder, network, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"found 1 files of which none could be read as an image; .*: .*notes\.txt: no known image",
@@ -185,11 +185,11 @@ def test_links_and_odd_names(folder, network, tmp_path):
     assert done.bad == [(f"{pictures}/dangling.png", "No such file or directory")]
 
 
-def test_pictures_are_read_as_training_reads_them(tmp_path):
+def test_images_are_read_as_in_training(tmp_path):
     path = tmp_path / "lying.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    paint(path, size=(100, 80), quality=95, exif=exif)
+    write_image(path, size=(100, 80), quality=95, exif=exif)
     images_BCHW = next(
         Decoder(
             lambda i: ([np.frombuffer(path.read_bytes(), np.uint8)], augment.none(1)),
@@ -204,11 +204,11 @@ def test_pictures_are_read_as_training_reads_them(tmp_path):
     )
     expected = (images_BCHW[0] * 127.5 + 127.5).permute(1, 2, 0).numpy()
     assert (
-        np.abs(embed.read_picture(path, SIZE) - expected).max() <= 3
+        np.abs(embed.read_image(path, SIZE) - expected).max() <= 3
     )  # of 255: other decoders, other rounding
-    paint(path, size=(8, 200))
+    write_image(path, size=(8, 200))
     with pytest.raises(DecodeError, match=r"lying\.jpg cannot be decoded: 8x200 pixels, expected 16 to 4096"):
-        embed.read_picture(path, SIZE)
+        embed.read_image(path, SIZE)
 
 
 def test_unknown_suffixes_and_missing_packages(tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_unknown_suffixes_and_missing_packages(tmp_path, monkeypatch):
 
 
 def test_the_command_goes_on_and_says_what_is_bad(folder, network, tmp_path):
-    extraction.write_pt(network, tmp_path / "n.pt")
+    write_pt(network, tmp_path / "n.pt")
     out = tmp_path / "faces.npz"
     done = CliRunner().invoke(
         app, ["embed", str(folder), "--checkpoint", str(tmp_path / "n.pt"), "--out", str(out)]

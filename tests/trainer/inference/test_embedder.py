@@ -23,7 +23,7 @@ COUNTS = (1, 2, 7, 29)
 
 
 def picture(i, mode="RGB", kind="PNG", size=40):
-    """A smooth picture that no other number has."""
+    """Return a smooth encoded image, different for every number."""
     coarse = np.random.default_rng(i).integers(0, 256, (5, 5, 3), np.uint8)
     encoded = io.BytesIO()
     Image.fromarray(coarse).resize((size, size)).convert(mode).save(encoded, kind)
@@ -72,7 +72,7 @@ def embedder(rank, network, **more):
 
 
 def watched(rank, faces):
-    """Embeddings, the number of times that the network was called, and what was last told of the progress."""
+    """Return embeddings, the number of calls of the network, and the last progress report."""
     calls, told = [], []
 
     def counting(images_BCHW):

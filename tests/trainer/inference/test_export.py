@@ -11,7 +11,7 @@ import torch
 
 from tests.trainer.networks import STEP, embedded, random_images, small_network
 from trainer.inference import export
-from trainer.inference import network as extraction
+from trainer.inference.network import write_safetensors
 
 # Of the embedding's length: float32 summed in another order.
 TOLERANCE = 1e-5
@@ -65,7 +65,7 @@ def test_a_file_that_embeds_differently_is_not_left(tmp_path, monkeypatch, facto
     def write_wrongly(network, out):
         other = small_network()
         other.model.trunk.fc.weight.data *= factor
-        extraction.write_safetensors(other, out)
+        write_safetensors(other, out)
 
     form = export.FORMATS[".safetensors"]._replace(write=write_wrongly)
     monkeypatch.setitem(export.FORMATS, ".safetensors", form)

@@ -1,4 +1,4 @@
-"""Pictures come in their order, a few ahead of who takes them, and never more."""
+"""Images arrive in order; only a few are loaded ahead of the consumer."""
 
 import threading
 

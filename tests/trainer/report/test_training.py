@@ -1,4 +1,4 @@
-"""The report: what it shows is what it was given; it loads nothing; and what is missing is left out."""
+"""The report shows its inputs, loads nothing, and omits missing data."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ RESULT = {
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: elements, text by element, and whether all were closed."""
+    """The page as a browser parses it: elements, text by element, and unclosed elements."""
 
     def __init__(self, path):
         super().__init__()

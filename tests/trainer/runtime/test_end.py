@@ -20,7 +20,7 @@ class Late:
 sys.late = Late()
 atexit.register(pathlib.Path({mark!r}).touch)
 """
-# SIGTERM: after it nobody asks Slurm to queue the job again.
+# SIGTERM: after it the job is not requeued.
 TOLD_IN_A_STEP = """
 import signal
 from trainer import loop
@@ -67,7 +67,7 @@ def test_the_interpreter_is_not_taken_apart(what, told, starter, code, trained, 
     assert (tmp_path / "orderly").exists()
 
 
-# Alive: a pool that nobody has closed, and a thread. Said, not flushed: by Python and by C.
+# Alive: an unclosed pool, and a thread. Printed and not flushed: by Python and by C.
 ENDS = """
 import concurrent.futures, ctypes, multiprocessing, threading, time
 from trainer.runtime.ranks import leave
@@ -98,7 +98,7 @@ def test_a_print_that_is_stuck_does_not_keep_the_process():
         import os, threading, time
         from trainer.runtime.ranks import _end
         def end():
-            time.sleep(1)  # the main thread fills the pipe, which nobody reads
+            time.sleep(1)  # the main thread fills the pipe, which has no reader
             _end(1)
         threading.Thread(target=end).start()
         while True:

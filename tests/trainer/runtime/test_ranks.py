@@ -1,4 +1,4 @@
-"""Where a process stands is read from what launched it."""
+"""Placement of a process, read from the variables of its launcher."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves, says so once and leaves with 75; started again, it loses nothing."""
+"""Graceful stop: a run saves, reports it once, exits with 75, and resumes without loss."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.trainer.processes import LGAF, SUBMITIT, children, patched, start, wa
 from trainer.runtime.signals import EXIT_CODE, Stopped, StopRequest, name_of
 
 STEPS = 12
-# Far apart: what is saved in between was saved because of the signal.
+# Far apart: a save in between was caused by the signal.
 OPTIONS = (
     f"steps={STEPS}",
     "checkpoint.every_steps=1000",
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_fails_while_leaving_is_given_up_by_all_ranks(faces, t
 
 @pytest.fixture
 def _handlers():
-    """Give back what the test changes."""
+    """Restore the handlers that the test changes."""
     numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
     yield

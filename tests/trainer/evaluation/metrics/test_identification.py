@@ -62,7 +62,7 @@ def test_known_answer_by_hand():
     np.testing.assert_allclose(cmc(search.first_rank(), 3), [0.5, 1, 1])
 
 
-def test_a_network_that_makes_everything_alike_finds_nobody():
+def test_equal_embeddings_identify_no_probe():
     # Of many vectors, so that some have another cosine to themselves when it is summed in another order.
     for vector in np.random.default_rng(0).normal(size=(50, 512)):
         emb = np.tile(vector, (9, 1)).astype(np.float32)

@@ -9,7 +9,7 @@ from trainer.evaluation.metrics.templates import pooled
 
 def test_known_answer_by_hand():
     emb = np.array([[2, 0], [4, 0], [0, 8], [1, 1]], np.float32)
-    # Template 0: a medium of two frames, one of them half trusted, and a picture. Template 1: one picture.
+    # Template 0: a medium of two frames, one of them of half confidence, and an image. Template 1: one image.
     template = pooled(emb, np.array([0, 0, 0, 1]), np.array([5, 5, 6, 6]), np.array([1, 0.5, 1, 1]))
     np.testing.assert_allclose(template, [[(2 + 2) / 2, 8], [1, 1]])
 
