@@ -11,7 +11,7 @@ import torch
 from data_pipeline.batch import RankSlice
 from data_pipeline.common.progress_bar import progress_bar
 from data_pipeline.indexed.loader import Loader
-from data_pipeline.loader import LoaderContext
+from data_pipeline.loader import GatherLabels, LoaderContext
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.source import Source, open_source
 from data_pipeline.streaming.loader import RemoteLoader
@@ -24,7 +24,7 @@ from trainer.evaluation.protocol import Results
 from trainer.evaluation.suite import Suite, SuiteConfig
 from trainer.inference import network
 from trainer.inference.embedder import Embedder, Network
-from trainer.loop import GatherLabels, MakeLoader, Training
+from trainer.loop import MakeLoader, Training
 from trainer.report.evaluation import write
 from trainer.report.summary import conclude, device_name
 from trainer.run_log import QUARANTINE_FILE, RunLog

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch, RankSlice
 from data_pipeline.indexed.loader import Loader
+from data_pipeline.loader import GatherLabels
 from data_pipeline.streaming.loader import RemoteLoader
 from trainer.config import Schedule
 from trainer.divergence import Divergence
@@ -29,7 +30,6 @@ from trainer.runtime.signals import EXIT_CODE, StopRequest, name_of
 from trainer.step import Outcome, seed_dropout, train_step
 from trainer.train_state import Checkpoints, TrainState
 
-GatherLabels = Callable[[torch.Tensor], torch.Tensor]
 # first step, cursor of a stream, function that gathers the labels of all ranks -> batches from that step on
 MakeLoader = Callable[[int, list[list[int]] | None, GatherLabels], Loader | RemoteLoader]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import augment
 from data_pipeline.config import AugmentConfig, DataConfig
-from trainer import config_file as settings
+from trainer import config_file
 
 CHANGES = [name for name in AugmentConfig.model_fields if name != "flip_probability"]
 MANY = np.arange(10_000)
@@ -178,11 +178,11 @@ def test_motion_kernels_are_lines_that_keep_the_brightness():
 def test_a_wrong_key_is_named_with_what_was_expected(tmp_path, text, message):
     (tmp_path / "c.toml").write_text(f'path = "x"\n{text}\n')
     with pytest.raises(ValueError, match=message):
-        settings.load(DataConfig, tmp_path / "c.toml")
+        config_file.load(DataConfig, tmp_path / "c.toml")
 
 
 def test_every_key_is_described():
-    keys = settings.describe(AugmentConfig)
+    keys = config_file.describe(AugmentConfig)
     assert all(key.description for key in keys)
     probabilities = {key.name: key.default for key in keys if key.name.endswith("probability")}
     assert probabilities == {"flip_probability": "0.5"} | {f"{name}.probability": "0.0" for name in CHANGES}

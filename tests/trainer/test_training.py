@@ -21,8 +21,8 @@ from data_pipeline.synthetic.dataset import write_set
 from tests.conftest import skip_without_right
 from tests.trainer.conftest import SMALL, command, environment, losses, run, train_words
 from tests.trainer.processes import children, kill_all, patched, start, state_of, wait_for
-from trainer.checkpoint import directory as checkpoint_files
-from trainer.inference import network as extraction
+from trainer.checkpoint import directory
+from trainer.inference import network
 
 STEPS = 24
 SMALL_DISK = 128 << 10
@@ -203,7 +203,7 @@ def wait_out(run_dir, faces, folder, problem, mend, spoil=lambda process: None):
     assert list(losses(run_dir)) == list(range(1, 61))
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["step-00000056", "step-00000060"]
-    assert all(checkpoint_files.damage(run_dir / "checkpoints" / name) is None for name in kept)
+    assert all(directory.damage(run_dir / "checkpoints" / name) is None for name in kept)
 
 
 def test_a_full_disk_is_waited_out(disk, faces, tmp_path):
@@ -276,14 +276,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_once(straight, faces, tmp_
     assert done.stderr.count(f"lgaf: {damaged}: expected CRC-32 ") == 1, done.stderr
     assert "steps 16 to 24" in done.stderr
     assert losses(run_dir) == losses(straight)
-    assert checkpoint_files.damage(damaged.parent) is None
+    assert directory.damage(damaged.parent) is None
 
 
 def change_config(checkpoint, change):
     """Change the configuration in a checkpoint's manifest."""
-    manifest = checkpoint_files.read_manifest(checkpoint)
+    manifest = directory.read_manifest(checkpoint)
     change(manifest.header.config)
-    (checkpoint / "checkpoint.json").write_text(checkpoint_files._sealed(manifest))
+    (checkpoint / "checkpoint.json").write_text(directory._sealed(manifest))
 
 
 def test_torchrun_restarts_go_on_from_the_checkpoint(straight, faces, tmp_path):
@@ -334,7 +334,7 @@ def test_the_network_can_be_taken_out_and_begun_with(straight, faces, tmp_path):
     held = torch.load(out, weights_only=True)
     assert held["step"] == STEPS
     saved = state_of(straight / "checkpoints" / f"step-{STEPS:08d}")
-    weights = extraction.load_backbone(out).state_dict()
+    weights = network.load_backbone(out).state_dict()
     trained = {name: tensor for name, tensor in saved.items() if name.startswith("backbone_weight.")}
     assert len(trained) > 50
     for name, tensor in trained.items():

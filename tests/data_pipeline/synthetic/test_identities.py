@@ -1,6 +1,8 @@
 """Synthetic sets: pure functions of (seed, identity, number), written completely or not at all."""
 
 import io
+import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.common.atomic_write import locked
 from data_pipeline.formats import recordio
 from data_pipeline.formats.pair_file import read_pairs
 from data_pipeline.indexed.catalog import open_catalog, read_property
@@ -259,16 +262,19 @@ def test_rendering_processes_end_with_a_killed_parent_and_no_final_name_appears(
     while any(Path(f"/proc/{pid}/exe").exists() for pid in children) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
-    assert [path.name for path in tmp_path.iterdir()] == [".set.part"]
+    [left] = tmp_path.iterdir()
+    assert re.fullmatch(r"\.set\.[0-9a-f]{16}\.part", left.name)
+    assert write_set(tmp_path / "set", SMALL)
+    assert os.listdir(tmp_path) == ["set"]
 
 
 def test_two_at_once_do_not_mix(tmp_path):
-    (tmp_path / ".set.part").mkdir()
-    with pytest.raises(
-        ValueError, match=r".set.part: expected no such folder; another .* if none is running"
+    with (
+        locked(tmp_path / ".set.0123456789abcdef.part"),
+        pytest.raises(ValueError, match=r"set: another process is writing it \(\.set\..*\.part\); wait"),
     ):
         write_set(tmp_path / "set", SMALL)
-    assert (tmp_path / ".set.part").is_dir()
+    assert (tmp_path / ".set.0123456789abcdef.part").is_dir()
 
 
 def test_progress_counts_every_image(tmp_path):

@@ -140,7 +140,10 @@ def test_only_one_process_writes(dataset, tmp_path):
     ):
         convert(dataset, tmp_path / "shards")
     convert(dataset, tmp_path / "shards")
-    with locked(tmp_path / ".back.part"), pytest.raises(ValueError, match=r"another process is writing it"):
+    with (
+        locked(tmp_path / ".back.0123456789abcdef.part"),
+        pytest.raises(ValueError, match=r"back: another process is writing it"),
+    ):
         convert(tmp_path / "shards", tmp_path / "back")
 
 
@@ -196,6 +199,6 @@ def test_a_full_file_system_is_named_as_well(dataset, tmp_path):
         with pytest.raises(OSError, match=r"out: expected space to write, found none \(No space left"):
             convert(dataset, disk / "out", shard_samples=2)
         assert all(len(index_shard(path).label_N) == 2 for path in (disk / "out").glob("*.tar"))
-        assert not list((disk / "out").glob("*.tar.part"))
+        assert not list((disk / "out").glob(".*"))
     finally:
         subprocess.run(["umount", disk], check=True)

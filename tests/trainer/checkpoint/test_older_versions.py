@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.conftest import losses, run
-from trainer.checkpoint import directory as files
+from trainer.checkpoint import directory
 
 RUN = """
     run_dir = "run"
@@ -61,8 +61,8 @@ CONFIG = {
 def test_a_run_from_before_the_departments_resumes_with_the_same_losses(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.unpack_archive(Path(__file__).parent / "format_2" / f"{name}.zip")
-    [checkpoint] = files.all_of(Path("run"))
-    saved = files.read_manifest(checkpoint).header.config
+    [checkpoint] = directory.all_of(Path("run"))
+    saved = directory.read_manifest(checkpoint).header.config
     assert "magface" in saved["head"]["margin"]
     assert "vit" in saved["backbone"]
     assert isinstance(saved["head"]["optimizer"], str)

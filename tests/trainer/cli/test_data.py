@@ -161,8 +161,8 @@ def test_a_sample_is_spread_from_the_first_to_the_last(tmp_path, write_records, 
 
 
 def test_a_cut_image_is_named(jpeg):
-    with pytest.raises(DecodeError, match=r"^picture 3 cannot be decoded: .*remove or repair it$"):
-        decoded(np.frombuffer(jpeg(0)[:500], np.uint8), "picture 3")
+    with pytest.raises(DecodeError, match=r"^image 3 cannot be decoded: .*remove or repair it$"):
+        decoded(np.frombuffer(jpeg(0)[:500], np.uint8), "image 3")
 
 
 def test_pack(tmp_path, jpeg):

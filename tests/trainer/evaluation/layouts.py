@@ -1,4 +1,4 @@
-"""Small stand-ins of the published data sets, in their official layouts, with pictures of one colour."""
+"""Small stand-ins of the published data sets, in their official layouts, with images of one colour."""
 
 import io
 import json
@@ -11,15 +11,15 @@ from trainer.inference.alignment import TEMPLATE_52
 
 
 @cache
-def picture(suffix, size=16):
+def image_bytes(suffix, size=16):
     encoded = io.BytesIO()
     Image.new("RGB", (size, size), (200, 120, 90)).save(encoded, "PNG" if suffix == "png" else "JPEG")
     return encoded.getvalue()
 
 
-def put_picture(path, size=16):
+def put_image(path, size=16):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(path.suffix[1:].lower(), size))
+    path.write_bytes(image_bytes(path.suffix[1:].lower(), size))
 
 
 def write_ijb(folder, faces, pairs, galleries, probes, prefix="ijbc"):
@@ -30,7 +30,7 @@ def write_ijb(folder, faces, pairs, galleries, probes, prefix="ijbc"):
     points = " ".join(f"{value:.3f}" for value in TEMPLATE_52.ravel())
     names = [f"{i}.jpg" for i in range(1, len(faces) + 1)]
     for name in names:
-        put_picture(folder / "loose_crop" / name, 112)
+        put_image(folder / "loose_crop" / name, 112)
 
     def write(name, lines):
         (meta / f"{prefix}_{name}").write_text("".join(line + "\n" for line in lines))
@@ -56,12 +56,12 @@ def write_ijb(folder, faces, pairs, galleries, probes, prefix="ijbc"):
 def write_tinyface(folder, probes, matched, distractors):
     for kind, names in (("Probe", probes), ("Gallery_Match", matched), ("Gallery_Distractor", distractors)):
         for name in names:
-            put_picture(folder / kind / name)
+            put_image(folder / kind / name)
     return folder
 
 
 def write_scface(folder):
-    """All 130 subjects; the file of coordinates names the eye on the picture's right first."""
+    """All 130 subjects; the file of coordinates names the eye on the image's right first."""
     names = [f"mugshot_frontal_original_all/{subject:03d}_frontal.jpg" for subject in range(1, 131)]
     for distance in (1, 2, 3):
         for camera in range(1, 6):
@@ -70,13 +70,13 @@ def write_scface(folder):
     eye, other_eye, nose, left, right = TEMPLATE_52
     points = " ".join(f"{value:.2f}" for value in np.ravel([other_eye, eye, nose, (left + right) / 2]))
     for name in names:
-        put_picture(folder / name)
+        put_image(folder / name)
     stems = [name.rpartition("/")[2][:-4] for name in reversed(names)]
     (folder / "all.txt").write_text("".join(f"{stem}\t{points}\n" for stem in stems))
     return folder
 
 
-def write_megaface(folder, probes, distractors, *, pictures=True):
+def write_megaface(folder, probes, distractors, *, images=True):
     """`probes` are (path, person), `distractors` lists of paths by the size that the list is called after."""
     lists = folder / "devkit" / "templatelists"
     lists.mkdir(parents=True)
@@ -84,9 +84,9 @@ def write_megaface(folder, probes, distractors, *, pictures=True):
     (lists / "facescrub_features_list.json").write_text(json.dumps(probe_list))
     for size, paths in distractors.items():
         (lists / f"megaface_features_list.json_{size}_1").write_text(json.dumps({"path": paths}))
-    if pictures:
+    if images:
         for path, _ in probes:
-            put_picture(folder / "facescrub_images" / path)
+            put_image(folder / "facescrub_images" / path)
         for path in {path for paths in distractors.values() for path in paths}:
-            put_picture(folder / "megaface_images" / path)
+            put_image(folder / "megaface_images" / path)
     return folder

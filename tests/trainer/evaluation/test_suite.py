@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from data_pipeline.formats.pair_file import write_pairs
 from tests.trainer.conftest import ROOT, run
 from tests.trainer.evaluation.layouts import write_ijb, write_megaface, write_scface, write_tinyface
-from tests.trainer.inference.test_embedder import picture
+from tests.trainer.inference.test_embedder import image_bytes
 from tests.trainer.report.test_training import Page
 from trainer import backbones, config_file
 from trainer.__main__ import app
@@ -31,7 +31,7 @@ SETS = ("lfw", "cfp_fp", "cplfw", "agedb_30", "calfw")
 def write_sets(folder):
     """Write twenty pairs each; genuine pairs repeat one image, and k labels of set k are wrong."""
     for k, name in enumerate(SETS):
-        images = [picture(1000 * k + i - (i % 4 == 1)) for i in range(40)]
+        images = [image_bytes(1000 * k + i - (i % 4 == 1)) for i in range(40)]
         issame_P = np.tile([True, False], 10)
         issame_P[1 : 4 * k : 4] = True
         write_pairs(folder / f"{name}.bin", images, issame_P.tolist())
@@ -56,7 +56,7 @@ def write_protocols(folder):
     write_megaface(folder / "megaface", people, {10: [f"{i}/{i}.jpg" for i in range(10)]})
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
     for i, path in enumerate(files):
-        path.write_bytes(picture(i, kind="JPEG", size=Image.open(path).width))
+        path.write_bytes(image_bytes(i, kind="JPEG", size=Image.open(path).width))
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def write_image(path, size=(SIZE, SIZE), mode="RGB", seed=0, **how):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     write_image(folder / "a/s10.jpg", seed=1)
     write_image(folder / "a/s2.png", seed=2)
     write_image(folder / "b/deeper/grey.png", seed=3, mode="L")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     write_image(folder / ".hidden.png", seed=6)
     whole = (folder / "a/s10.jpg").read_bytes()
     (folder / "b/broken.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "b/notes.txt").write_text("no picture")
+    (folder / "b/notes.txt").write_text("no image")
     return folder
 
 
@@ -118,9 +118,9 @@ def test_every_file_has_its_row(folder, network, tmp_path, suffix, flip):
 def test_branches_are_what_lgf_says(folder, network, tmp_path):
     embed_into(tmp_path / "faces.npz", network, [folder / "c.png"])
     found = read(tmp_path / "faces.npz")
-    picture = np.asarray(Image.open(folder / "c.png"))
+    image = np.asarray(Image.open(folder / "c.png"))
     with torch.no_grad():
-        fusion = network.model.fuse((torch.tensor(picture).permute(2, 0, 1)[None] - 127.5) / 127.5)
+        fusion = network.model.fuse((torch.tensor(image).permute(2, 0, 1)[None] - 127.5) / 127.5)
     for name in ("norm", "quality", "weight"):
         expected = getattr(fusion, f"{name}_BK").numpy()
         np.testing.assert_allclose(found[f"branch_{name}"], expected, rtol=1e-5)
@@ -175,14 +175,14 @@ def test_a_path_that_is_not_there_is_named(folder, network, tmp_path):
 
 
 def test_links_and_odd_names(folder, network, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "dangling.png").symlink_to(tmp_path / "nowhere")
-    os.symlink(folder / "c.png", os.fsencode(pictures) + b"/odd \xff.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "dangling.png").symlink_to(tmp_path / "nowhere")
+    os.symlink(folder / "c.png", os.fsencode(images) + b"/odd \xff.png")
     out = tmp_path / "faces.parquet"
-    done = embed_into(out, network, [pictures])
-    assert read(out)["path"].tolist() == [f"{pictures}/dangling.png", f"{pictures}/odd \\udcff.png"]
-    assert done.bad == [(f"{pictures}/dangling.png", "No such file or directory")]
+    done = embed_into(out, network, [images])
+    assert read(out)["path"].tolist() == [f"{images}/dangling.png", f"{images}/odd \\udcff.png"]
+    assert done.bad == [(f"{images}/dangling.png", "No such file or directory")]
 
 
 def test_images_are_read_as_in_training(tmp_path):

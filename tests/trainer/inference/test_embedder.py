@@ -22,7 +22,7 @@ SIZE, WORLD = 32, 2
 COUNTS = (1, 2, 7, 29)
 
 
-def picture(i, mode="RGB", kind="PNG", size=40):
+def image_bytes(i, mode="RGB", kind="PNG", size=40):
     """Return a smooth encoded image, different for every number."""
     coarse = np.random.default_rng(i).integers(0, 256, (5, 5, 3), np.uint8)
     encoded = io.BytesIO()
@@ -35,7 +35,7 @@ def write_faces(folder, count):
     kinds = [("RGB", "PNG"), ("L", "BMP"), ("RGB", "JPEG"), ("P", "PNG")]
     faces = []
     for i in range(count):
-        encoded = picture(i, *kinds[i % len(kinds)])
+        encoded = image_bytes(i, *kinds[i % len(kinds)])
         path = folder / f"{i}.{kinds[i % len(kinds)][1].lower()}"
         landmark_52 = TEMPLATE_52 * 0.3 + i / 9 if i % 2 else None
         if i % 3:
@@ -142,7 +142,7 @@ def test_a_signal_to_one_rank_interrupts_all(found):
     [
         (Face("absent.jpg", None), "absent.jpg cannot be decoded: No such file"),
         (Face("x/lfw.bin/image 3", None, b"\xff\xd8 broken"), "x/lfw.bin/image 3 cannot be decoded"),
-        (Face("flat.png", np.zeros((5, 2)), picture(0)), "flat.png: "),
+        (Face("flat.png", np.zeros((5, 2)), image_bytes(0)), "flat.png: "),
     ],
 )
 def test_a_face_that_cannot_be_had_is_named(face, complaint, tmp_path, monkeypatch):

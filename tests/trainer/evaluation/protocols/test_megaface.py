@@ -55,11 +55,11 @@ def test_equals_a_plain_loop_over_the_whole_matrix(tmp_path, held, monkeypatch):
     names = [f"{i:05d}.jpg" for i in range(10_100)]
     # The list of a hundred holds strangers that the longest one does not.
     sets = {100: names[10_000:], 10_000: [names[i] for i in rng.permutation(10_000)]}
-    protocol = MegaFace(write_megaface(tmp_path, probes, sets, pictures=False))
+    protocol = MegaFace(write_megaface(tmp_path, probes, sets, images=False))
     centre = rng.normal(size=(30, 8))
     emb = np.concatenate([centre[persons] + 0.5 * rng.normal(size=(120, 8)), rng.normal(size=(10_100, 8))])
     # A stranger of the longest list is like the first probe: the one false accept that a FAR of 1e-6 allows.
-    # Only the last person's pictures are more alike than any other stranger.
+    # Only the last identity's images are more alike than any other stranger.
     emb[125], emb[116:120] = emb[0], centre[29] + 0.001 * rng.normal(size=(4, 8))
     emb = emb.astype(np.float32)
     scores = protocol.score(emb)["identification"]

@@ -1,4 +1,4 @@
-"""A verification file as a protocol: its pictures in order, and the length of embeddings as quality."""
+"""A verification file as a protocol: its images in order, and the length of embeddings as quality."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def embeddings():
     return emb_ND
 
 
-def test_the_faces_are_the_pictures_of_the_file(protocol):
+def test_the_faces_are_the_images_of_the_file(protocol):
     assert len(protocol.faces) == 2 * PAIRS
     face = protocol.faces[43]
     assert (face.encoded, face.landmark_52) == (b"43", None)
@@ -53,7 +53,7 @@ def test_rejecting_pairs_with_a_short_embedding_first_takes_the_errors_away(prot
     assert rejection.fnmr_R.tolist() == [0.5, 0]
 
 
-def test_an_embedding_without_direction_is_named_by_its_picture(protocol):
+def test_an_embedding_without_direction_is_named_by_its_image(protocol):
     emb_ND = embeddings()
     emb_ND[7] = np.nan
     with pytest.raises(ValueError, match=r"set\.bin/image 7: expected a finite embedding other than zero"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.trainer.evaluation.layouts import put_picture, write_scface
+from tests.trainer.evaluation.layouts import put_image, write_scface
 from trainer.evaluation.protocol import ProtocolFileError
 from trainer.evaluation.protocols.scface import SCFace
 from trainer.inference.alignment import TEMPLATE_52
@@ -86,7 +86,7 @@ def test_what_is_missing_is_named(folder):
         ProtocolFileError, match=r"cam_3: expected 130 images, found no 077_cam3_2\.jpg and 0 more"
     ):
         SCFace(folder)
-    put_picture(path)
+    put_image(path)
     coordinates = folder / "all.txt"
     lines = coordinates.read_text()
     coordinates.write_text(lines.replace("077_cam3_2\t", "777_cam3_2\t"))
