@@ -277,8 +277,8 @@ class Kernels:
         log2_offset_G = (lse_G - row_weight_G.log()) * _LOG2_E
         self._sample = local.sample
         self._batches.append(_Batch(local.rows, log2_offset_G, residual_G))
-        pull_GD = local.weighted_sum_GD * (-lse_G).exp()[:, None]
-        return local.targets.embedding_gradient(pull_GD, lse_G, row_weight_G)
+        others_grad_GD = local.weighted_sum_GD * (-lse_G).exp()[:, None]
+        return local.targets.embedding_gradient(others_grad_GD, lse_G, row_weight_G)
 
     @torch.no_grad()
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:

@@ -1,11 +1,12 @@
 """The margin softmax over tiles of classes: logits [G, S] and weight gradient [S, D] are never allocated.
 
 1. `local_softmax`, over tiles: the sums over the classes that are not the target. Targets: see `targets`.
-2. `embedding_gradient`, once the log-sum-exp over all ranks is known; it keeps the batch.
-3. `weight_gradients`, over tiles again: recomputes p = exp(logit - lse) of all kept batches.
-Shapes: G rows (embeddings), R classes of this rank, S of them sampled, T in a tile, D the embedding size.
-Extra memory: G x T + 4 T x D numbers (6 T x D if sampled), half as many again of bfloat16 if factors are
-rounded to it, and G x D for each kept batch.
+2. `embedding_gradient`: the gradient for the backbone, once the log-sum-exp over all ranks is known. It stores what
+   phase 3 needs of this micro-batch; with gradient accumulation there are several.
+3. `weight_gradients`, over tiles again: recomputes p = exp(logit - lse) of all stored micro-batches.
+Shapes: G embeddings, R classes of this rank, S of them sampled, T in a tile, D the embedding size.
+Extra memory in float32: 4 (G T + 4 T D) bytes, with sampling 4 (G T + 6 T D), half as much again for copies in
+bfloat16, and 4 G D for each stored micro-batch.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class _Sums:
             others.scale > FLOAT32_MAX_SCALE and like_GD.dtype != torch.float64
         )
         self.sum_G = torch.zeros_like(like_GD[:, 0])  # of exp(logit - max)
-        self.weighted_sum_GD = torch.zeros_like(like_GD)  # of exp(logit - max) slope w_j
+        self.weighted_sum_GD = torch.zeros_like(like_GD)  # over classes j, of exp(logit_j - max) * slope_j * unit row_j
         # Finite, so that a row without any class so far does not compute inf - inf.
         least = torch.finfo(like_GD.dtype).min if self._has_maximum else 0
         self.max_G = torch.full_like(self.sum_G, least)
@@ -98,6 +99,7 @@ class _Sums:
         self.weighted_sum_GD *= shrink_G[:, None]
 
     def lse(self) -> Tensor:
+        """Return the log-sum-exp [G] of the classes so far."""
         return self.max_G + self.sum_G.log()
 
 
@@ -115,11 +117,11 @@ class LocalSoftmax:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Values of a batch that are kept until the rows are updated."""
+    """Values of a micro-batch that phase 3 needs."""
 
     others: _Others
-    offset_G: Tensor  # exp(logit - offset) is the row's weight times p
-    residual_G: Tensor  # d(loss) / d(target cosine) / scale: weight (p - 1) slope
+    offset_G: Tensor  # exp(logit - offset) is p times the weight of the sample's loss
+    residual_G: Tensor  # d(loss) / d(target cosine) / scale: weight * (p - 1) * slope
 
     def gradient(self, class_unit_TD: Tensor, start: int) -> Tensor:
         """Return the gradient [T, D] with respect to the unit rows of the tile that begins at `start`."""
@@ -179,19 +181,20 @@ class Streaming:
         """Phase 2: return the gradient [G, D] of sum_i row_weight_i (lse_i - target_i + penalty_i).
 
         The gradient is this rank's part. `lse_G` is over the classes of all ranks. The penalty is counted on
-        the rank of the target. The batch is kept for phase 3.
+        the rank of the target. The micro-batch is stored for phase 3.
         """
         residual_G = local.targets.residual(lse_G) * row_weight_G
         self._sample = local.sample
         self._batches.append(_Batch(local.others, lse_G - row_weight_G.log(), residual_G))
-        pull_GD = local.sums.weighted_sum_GD * (local.sums.max_G - lse_G).exp()[:, None]
-        return local.targets.embedding_gradient(pull_GD, lse_G, row_weight_G)
+        others_grad_GD = local.sums.weighted_sum_GD * (local.sums.max_G - lse_G).exp()[:, None]
+        return local.targets.embedding_gradient(others_grad_GD, lse_G, row_weight_G)
 
     @torch.no_grad()
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-        """Phase 3: yield (rows, gradient [T, D] of these rows) for every tile, and drop the kept batches.
+        """Phase 3: yield (rows, gradient [T, D] of these rows) for every tile, and drop the stored micro-batches.
 
-        The gradient is summed over all kept batches. The caller may update the rows of a tile at once.
+        The gradient is summed over all stored micro-batches. The caller may update the rows of a tile as soon as
+        they are yielded.
         """
         batches = self._batches
         self.forget()
@@ -201,7 +204,7 @@ class Streaming:
             yield rows, self._gradient(weight_RD[rows], start, batches)
 
     def forget(self) -> None:
-        """Drop the kept batches."""
+        """Drop the stored micro-batches."""
         self._batches = []
 
     def _gradient(self, weight_TD: Tensor, start: int, batches: list[_Batch]) -> Tensor:

@@ -2,7 +2,8 @@
 
     step        next micro-batches -> train_step -> run log; at intervals evaluate and save
     signal      save and leave
-    divergence  after too many skipped steps in a row, return to the newest checkpoint or end the run
+    divergence  a step is skipped if its loss or gradient is not finite; after too many in a row, return to the
+                newest checkpoint or end the run
 
 Steps count from 0. A record or checkpoint "at step n" holds the state after n steps.
 """
@@ -38,7 +39,8 @@ MakeLoader = Callable[[int, list[list[int]] | None, GatherLabels], Loader | Remo
 class Training:
     """A run that starts from the present values of `state`; `execute` runs its steps.
 
-    cursor: the positions of all ranks in a stream at the checkpoint from which the run resumes.
+    cursor: for a stream, a row for each rank at the checkpoint from which the run resumes: the position of the
+    shard that it reads next and its number of finished samples.
     """
 
     ranks: Ranks
@@ -71,7 +73,7 @@ class Training:
         return stopped_by
 
     def give_up_saving(self, reason: str) -> None:
-        """Remove the incomplete checkpoint, because the deadline after a signal was exceeded."""
+        """Remove the incomplete checkpoint of a save after a signal that failed or exceeded its deadline."""
         self.checkpoints.clean()
         self._say_leaving(self.stop.signal, f"nothing more is saved: {reason}")
 
@@ -91,13 +93,13 @@ class Training:
             # A checkpoint must not contain steps that are missing in metrics.jsonl.
             if is_save_due or outcome.signal or has_diverged or schedule.is_due(done, schedule.log_every):
                 self.log.flush()
-                is_save_due |= self.checkpoints.look()
+                is_save_due |= self.checkpoints.must_retry_save()
             if outcome.signal:
                 self._save_and_leave(done, outcome.signal)
                 return done, outcome.signal
             if has_diverged:
                 return self._roll_back(done, float(outcome.loss)), 0
-            # While steps are skipped, the state may be the cause, so that the earlier checkpoint is kept.
+            # A bad state may be the cause of skipped steps: no checkpoint replaces earlier ones until a step succeeds.
             if is_save_due and self.divergence.skips_in_a_row == 0:
                 self._save(done)
             if schedule.is_due(done, schedule.evaluate_every):
@@ -150,16 +152,16 @@ class Training:
         self.checkpoints.save(step, self._cursor(), is_last=is_last or step == self.schedule.steps)
 
     def _cursor(self) -> list[list[int]] | None:
-        """Return the positions of all ranks in a stream; None if the step determines the samples."""
+        """Return the cursor of a stream; None with a catalog, where the step determines the samples."""
         if not isinstance(self.loader, RemoteLoader):
             return None
         return self._gathered(torch.tensor(self.loader.cursor)).reshape(-1, 2).tolist()
 
     def _save_and_leave(self, step: int, signal: int) -> None:
-        """Save because of a signal; if the save fails or takes too long, end the process."""
+        """Save because of a signal; if that fails or exceeds the deadline, exit at once with EXIT_CODE."""
         self.stop.start_clock()
         if self.divergence.skips_in_a_row > 0:
-            self._say_leaving(signal, f"step {step} is not saved because it was skipped")
+            self._say_leaving(signal, f"step {step} is not saved: the last {self.divergence.skips_in_a_row} steps were skipped")
             return
         try:
             if not self.checkpoints.has_saved(step):
@@ -178,7 +180,7 @@ class Training:
         Raises ValueError, on all ranks, if no rollback is left or there is no checkpoint.
         """
         self.ranks.pulse.note(failed_step, "returning to a checkpoint", is_slow=True)
-        # In both cases a running save must be completed: it may be the last good one.
+        # A running save is completed before the rollback or the end: it may be the last good one.
         self.checkpoints.wait()
         restored = self.checkpoints.restore() if self.divergence.may_roll_back(failed_step) else None
         if restored is None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 
 from data_pipeline.source import Source
 from partial_fc.head import PartialFC
@@ -51,8 +50,8 @@ class Checkpoints:
             config.run_dir, config.checkpoint, group=ranks.group, metrics=log.metrics, say=log.say
         )
         self.prepare = lambda: self._saver.prepare(state.state())
-        self.look, self.has_saved, self.close = self._saver.look, self._saver.has_saved, self._saver.close
-        self.wait = self._saver.wait
+        self.must_retry_save, self.has_saved = self._saver.must_retry, self._saver.has_saved
+        self.wait, self.close = self._saver.wait, self._saver.close
 
     def save(self, step: int, cursor: list[list[int]] | None, *, is_last: bool) -> None:
         """Start to save the state after `step` steps; the last save is on the disk on return."""
@@ -129,7 +128,7 @@ def _refuse_changes(config: RunConfig, source: Source, header: Header) -> None:
     try:
         # Keys that are newer than the checkpoint had the behaviour of their defaults.
         before = from_saved(header.config).model_dump(mode="json")
-    except ValidationError:
+    except ValueError:
         before = header.config
     changed = differences(
         {**before, "dataset": header.dataset},

@@ -2,7 +2,7 @@
 
     prepare    allocate the copy                                                  once, before the first step
     save       wait for the previous save, or skip this one; copy; start the thread        at a step boundary
-    look       report the result of a finished save; True if it must be retried                  periodically
+    must_retry report the result of a finished save; True if it must be retried                  periodically
 
 Each rank copies and writes its rows of the head and its share of the replicated tensors. The thread's
 collectives use a process group of their own. A save that fails does not end the training, except the save of
@@ -84,7 +84,7 @@ class Saver:
         if is_last:
             self._finish(is_last=True)
 
-    def look(self) -> bool:
+    def must_retry(self) -> bool:
         """Report the result if the save has finished; return True if it failed and must be retried."""
         if not self._is_done():
             return False

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from data_pipeline.common.redaction import redacted
 from trainer.checkpoint import directory
 
 app = typer.Typer(no_args_is_help=True, help="List, verify, prune and extract the checkpoints of a run.")
@@ -43,7 +44,7 @@ def show(checkpoint: Annotated[Path, _EITHER]) -> None:
     typer.echo(f"versions  {_pairs(header.versions)}")
     for name, entry in manifest.files.items():
         typer.echo(f"file      {name}: {entry.size} bytes, CRC-32 {entry.crc32}")
-    typer.echo(f"configuration\n{json.dumps(header.config, indent=2)}")
+    typer.echo(f"configuration\n{redacted(json.dumps(header.config, indent=2))}")
 
 
 @app.command()
@@ -65,7 +66,7 @@ def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
 
     # A conversion that was killed may have left a checkpoint under its temporary name.
     for folder in (directory.folder_of(checkpoint), checkpoint.resolve().parent):
-        directory.restore(folder)
+        directory.undo_replacement(folder)
     has_failed = False
     for one in _chosen(checkpoint):
         try:
@@ -92,7 +93,7 @@ def prune(
     """
     found = _all_of(run)
     every_steps = next(map(_kept_every_steps, filter(_has_manifest, reversed(found))), None)
-    for checkpoint in directory.superfluous(run, keep=keep, every_steps=every_steps, look=directory.damage):
+    for checkpoint in directory.superfluous(run, keep=keep, every_steps=every_steps, check=directory.damage):
         if not dry_run:
             directory.remove(checkpoint)
         typer.echo(f"{'would remove' if dry_run else 'removed'} {checkpoint}")

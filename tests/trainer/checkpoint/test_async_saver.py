@@ -144,7 +144,7 @@ def save_while_busy(rank, run_dir):
         run.gate.clear()  # one rank that is slow is enough
     run.save(10)
     run.save(20)
-    assert not run.saver.look()
+    assert not run.saver.must_retry()
     run.gate.set()
     run.saver.wait()
     run.save(30)
@@ -176,7 +176,7 @@ def fail_and_recover(rank, run_dir):
     run.save(20)
     run.saver._writing._thread.join()
     dist.barrier()
-    assert run.saver.look()
+    assert run.saver.must_retry()
     run.save(21)
     run.saver.wait()
     dist.barrier()  # rank 0 has removed the incomplete save
@@ -186,7 +186,7 @@ def fail_and_recover(rank, run_dir):
     run.save(22)
     run.saver.wait()
     dist.barrier()
-    assert not run.saver.look()
+    assert not run.saver.must_retry()
     run.saver.close()
     left = threads() - before
     gc.enable()
@@ -235,7 +235,7 @@ def test_what_is_no_fault_of_the_disk_comes_out(tmp_path, alone, monkeypatch):
     run.save(10)
     run.saver._writing._thread.join()
     with pytest.raises(ZeroDivisionError):
-        run.saver.look()
+        run.saver.must_retry()
 
 
 def test_copies_are_kept_and_used_again(tmp_path, alone):

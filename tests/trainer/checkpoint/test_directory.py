@@ -26,7 +26,7 @@ def steps(run_dir):
 
 def superfluous(run_dir, keep, every_steps=None, until_step=None):
     found = directory.superfluous(
-        run_dir, keep=keep, every_steps=every_steps, look=directory.wrong_size, until_step=until_step
+        run_dir, keep=keep, every_steps=every_steps, check=directory.wrong_size, until_step=until_step
     )
     return [directory.step_of(path) for path in found]
 
@@ -66,7 +66,7 @@ def test_never_is_a_good_one_lost_that_is_wanted(tmp_path_factory, are_good, kee
         run_dir,
         keep=keep,
         every_steps=every_steps,
-        look=lambda path, part=0, parts=1: None if are_good[directory.step_of(path)] else "broken",
+        check=lambda path, part=0, parts=1: None if are_good[directory.step_of(path)] else "broken",
     )
     left = set(are_good) - {directory.step_of(path) for path in gone}
     good = sorted(step for step in are_good if are_good[step])
@@ -117,7 +117,7 @@ def test_any_changed_byte_of_the_manifest_is_seen(tmp_path):
     assert directory.damage(path.parent) is None
 
 
-def test_shares_of_a_look_cover_every_file(tmp_path):
+def test_the_parts_of_a_check_cover_every_file(tmp_path):
     run_dir = tmp_path
     final = write(run_dir, 10)
     (final / "data").write_bytes(b"tensorz")

@@ -4,11 +4,12 @@
     result.accuracy, result.tar_at_far, result.summary()
 
 Everywhere a pair is accepted if its similarity is at least the threshold, so that equal similarities are
-accepted or rejected together. NIST's reports on face recognition count in this way, and scikit-learn's
-`roc_curve`, with which InsightFace computes its figures. Every threshold counts; there is no grid.
+accepted or rejected together. NIST's reports on face recognition count in this way, and so does scikit-learn's
+`roc_curve`, which InsightFace uses. All thresholds are tried, not a fixed set of them. FAR and FMR are the same
+here: no image is rejected before the comparison.
 
 Shapes: P pairs, N = 2P images of which pair i is 2i and 2i+1, K folds, G genuine pairs, I impostor pairs,
-R points of a curve, B bins.
+R points of a curve, V different similarities, B bins.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class VerificationResult:
 def verify(
     emb_ND: np.ndarray, issame_P: np.ndarray, *, folds: int = 10, fars: Sequence[float] = FARS
 ) -> VerificationResult:
-    """Verify P pairs by the embeddings [2P, D] of their images, of any length but zero.
+    """Verify P pairs by the embeddings [2P, D] of their images, of any norm but zero.
 
     Raises ValueError as `cosine_similarity` and `verify_similarities` do.
     """
@@ -97,8 +98,8 @@ def cosine_similarity(emb_ND: np.ndarray) -> np.ndarray:
     if len(bad_N):
         found = "only zeros" if peak_N[bad_N[0]] == 0 else "NaN or infinity"
         raise ValueError(
-            f"expected finite embeddings other than zero, found {found} for image {bad_N[0]} "
-            f"and {len(bad_N) - 1} more of {len(emb_ND)}; check that the network's weights are finite"
+            f"expected finite embeddings other than zero, found {len(bad_N)} of {len(emb_ND)} that are not; the "
+            f"first, of image {bad_N[0]}, has {found}; check that the network's weights are finite"
         )
     # Divide by the largest entry first, so that no square overflows or underflows.
     emb_ND = emb_ND / peak_N[:, None]
@@ -189,8 +190,8 @@ def roc(genuine_G: np.ndarray, impostor_I: np.ndarray) -> tuple[np.ndarray, np.n
 def threshold_at(impostor_I: np.ndarray, rate: float, *, impostors: int | None = None) -> float | None:
     """Return the lowest threshold that accepts at most the share `rate` of the impostor pairs.
 
-    impostors: their number, if `impostor_I` holds only the most similar ones. Returns None if they are too
-    few: less than one may be accepted.
+    impostors: their number, if `impostor_I` holds only the most similar ones. Returns None if there
+    are fewer than 1 / rate impostor pairs, so that none may be accepted.
     """
     allowed = int(np.floor(rate * (impostors or len(impostor_I)) + _ROUNDING))
     if allowed < 1:
@@ -226,7 +227,7 @@ def rejection(
 ) -> Rejection | None:
     """Return the error versus reject curve, in at most 100 points; None for too few impostors.
 
-    quality_G: the quality of each genuine pair, the lower of its two. Pairs of equal quality are rejected
+    quality_G: for each genuine pair, the lower quality of its two images. Pairs of equal quality are rejected
     together. fmr: the false match rate that sets the threshold.
     """
     least = threshold_at(impostor_I, fmr)
@@ -256,7 +257,7 @@ def _check(similarity_P: np.ndarray, issame_P: np.ndarray, folds: int) -> None:
     if genuine in (0, len(issame_P)):
         raise ValueError(
             f"expected genuine and impostor pairs, found {genuine} and {len(issame_P) - genuine}; "
-            "error rates need both kinds"
+            "add pairs of the other kind"
         )
     outside_P = np.flatnonzero(~(np.abs(similarity_P) <= 1))
     if len(outside_P):

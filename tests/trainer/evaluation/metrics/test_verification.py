@@ -264,9 +264,9 @@ def test_the_summary_is_plain_json():
 @pytest.mark.parametrize(
     ("row", "value", "complaint"),
     [
-        (5, 0.0, "only zeros for image 5 and 0 more of 40"),
-        (8, np.nan, "NaN or infinity for image 8 and 0 more of 40"),
-        (slice(3, 7), np.inf, "NaN or infinity for image 3 and 3 more of 40"),
+        (5, 0.0, "found 1 of 40 .* of image 5, has only zeros"),
+        (8, np.nan, "found 1 of 40 .* of image 8, has NaN or infinity"),
+        (slice(3, 7), np.inf, "found 4 of 40 .* of image 3, has NaN or infinity"),
     ],
 )
 def test_an_embedding_without_direction_is_named(row, value, complaint):
@@ -284,7 +284,7 @@ def test_an_embedding_without_direction_is_named(row, value, complaint):
         ([], [], 10, "found 0 pairs and 10 folds"),
         ([0.1] * 4, [True] * 3, 2, r"shapes \(4,\) for pairs and \(3,\) for booleans"),
         ([[0.1, 0.2]], [[True, False]], 2, r"shapes \(1, 2\)"),
-        ([0.1] * 4, [True] * 4, 2, "found 4 and 0; error rates need both kinds"),
+        ([0.1] * 4, [True] * 4, 2, "found 4 and 0; add pairs of the other kind"),
         ([0.1] * 4, [False] * 4, 2, "found 0 and 4"),
         ([0.1, 0.2, 1.5, 0.3], [True, False] * 2, 2, "from -1 to 1, found 1.5 for pair 2"),
         ([0.1, np.nan, 0.2, 0.3], [True, False] * 2, 2, "found nan for pair 1"),
