@@ -1,6 +1,6 @@
 """Sources of training samples: datasets with a catalog, and shards streamed from a server.
 
-Either kind has a number of classes and an identity that distinguishes it from other training sets; it creates
+Either kind has a number of classes and a fingerprint that a resumed run compares; it creates
 a loader that starts at a given step, and returns some images to show. They differ in the state that a
 checkpoint must hold: for a catalog only the step, for a stream also the cursor, which has a row per rank.
 """
@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.common.redaction import redacted
 from data_pipeline.config import DataConfig
 from data_pipeline.formats.container import RecordError
 from data_pipeline.indexed.catalog import open_catalog
@@ -27,7 +28,7 @@ class Source(Protocol):
 
     num_classes: int
     images: int | None
-    identity: dict[str, int]
+    fingerprint: dict[str, int]
 
     def loader(
         self, context: LoaderContext, quarantine: Quarantine, gather_labels: GatherLabels
@@ -51,7 +52,7 @@ class CatalogSource:
         self._catalog = open_catalog(config.path, config.num_classes, config.catalog_dir)
         self.num_classes = self._catalog.num_classes
         self.images: int | None = len(self._catalog)
-        self.identity = self._catalog.identity
+        self.fingerprint = self._catalog.fingerprint
 
     def loader(self, context: LoaderContext, quarantine: Quarantine, gather_labels: GatherLabels) -> Loader:
         return Loader(self._config, self._catalog, context, quarantine)
@@ -80,8 +81,9 @@ class RemoteSource:
         assert config.num_classes is not None
         self._config, self._urls = config, shard_urls(config.shards)
         self.num_classes = config.num_classes
-        urls_crc32 = zlib.crc32("\n".join(self._urls).encode())
-        self.identity = {
+        # Without credentials, which may differ when the run resumes.
+        urls_crc32 = zlib.crc32("\n".join(map(redacted, self._urls)).encode())
+        self.fingerprint = {
             "shards": len(self._urls),
             "classes": config.num_classes,
             "urls_crc32": urls_crc32,

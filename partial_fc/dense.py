@@ -64,14 +64,14 @@ class Dense:
             others_lse_G, self._scale * target_G, penalty_G + 0 * norm_G, emb_GD, weight_SD, sample
         )
 
-    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
+    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, loss_weight_G: Tensor) -> Tensor:
         # d(lse over all ranks) / d(this rank's lse) = exp(this rank's lse - lse over all ranks).
         others_part_G = (local.others_lse_G.detach() - lse_G).exp()
         target_part_G = (local.target_G.detach() - lse_G).exp() - 1
         grad_GD, grad_SD = torch.autograd.grad(
             [local.others_lse_G, local.target_G, local.penalty_G],
             [local.emb_GD, local.weight_SD],
-            [row_weight_G * others_part_G, row_weight_G * target_part_G, row_weight_G],
+            [loss_weight_G * others_part_G, loss_weight_G * target_part_G, loss_weight_G],
         )
         self._rows = local.sample.rows
         self._grad_SD = grad_SD if self._grad_SD is None else self._grad_SD + grad_SD

@@ -41,7 +41,7 @@ class MarginSoftmax(Protocol):
         """Return an object with `others_lse_G` and `target_G`, passed on to the next phase."""
         ...
 
-    def embedding_gradient(self, local: Any, lse_G: Tensor, row_weight_G: Tensor) -> Tensor: ...
+    def embedding_gradient(self, local: Any, lse_G: Tensor, loss_weight_G: Tensor) -> Tensor: ...
 
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]: ...
 
@@ -159,8 +159,8 @@ class PartialFC:
         if penalty is not None:
             loss_G = loss_G + penalty[0]
         loss = (loss_G * is_counted_G).sum() / counted
-        row_weight_G = (is_counted_G * (share / counted)).to(emb_GD.dtype)
-        grad_GD = self._softmax.embedding_gradient(local, lse_G.to(emb_GD.dtype), row_weight_G)
+        loss_weight_G = (is_counted_G * (share / counted)).to(emb_GD.dtype)
+        grad_GD = self._softmax.embedding_gradient(local, lse_G.to(emb_GD.dtype), loss_weight_G)
         if self._margin.state:
             cos_G = torch.zeros_like(norm_G) if cos_G is None else cos_G
             self._observed.append(_Observed(cos_G, norm_G, is_counted_G))

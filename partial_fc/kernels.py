@@ -272,13 +272,13 @@ class Kernels:
         return LocalSoftmax(sum_G.log(), targets.logit_G, targets, weighted_sum_GD, rows, sample)
 
     @torch.no_grad()
-    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        residual_G = local.targets.residual(lse_G) * row_weight_G
-        log2_offset_G = (lse_G - row_weight_G.log()) * _LOG2_E
+    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, loss_weight_G: Tensor) -> Tensor:
+        residual_G = local.targets.residual(lse_G) * loss_weight_G
+        log2_offset_G = (lse_G - loss_weight_G.log()) * _LOG2_E
         self._sample = local.sample
         self._batches.append(_Batch(local.rows, log2_offset_G, residual_G))
         others_grad_GD = local.weighted_sum_GD * (-lse_G).exp()[:, None]
-        return local.targets.embedding_gradient(others_grad_GD, lse_G, row_weight_G)
+        return local.targets.embedding_gradient(others_grad_GD, lse_G, loss_weight_G)
 
     @torch.no_grad()
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:

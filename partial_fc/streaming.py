@@ -1,12 +1,12 @@
 """The margin softmax over tiles of classes: logits [G, S] and weight gradient [S, D] are never allocated.
 
 1. `local_softmax`, over tiles: the sums over the classes that are not the target. Targets: see `targets`.
-2. `embedding_gradient`: the gradient for the backbone, once the log-sum-exp over all ranks is known. It stores what
-   phase 3 needs of this micro-batch; with gradient accumulation there are several.
+2. `embedding_gradient`: the gradient for the backbone, once the log-sum-exp over all ranks is known. It
+   stores the values of this micro-batch for phase 3; with gradient accumulation there are several.
 3. `weight_gradients`, over tiles again: recomputes p = exp(logit - lse) of all stored micro-batches.
 Shapes: G embeddings, R classes of this rank, S of them sampled, T in a tile, D the embedding size.
-Extra memory in float32: 4 (G T + 4 T D) bytes, with sampling 4 (G T + 6 T D), half as much again for copies in
-bfloat16, and 4 G D for each stored micro-batch.
+Extra memory in float32: 4 (G T + 4 T D) bytes, with sampling 4 (G T + 6 T D), half as much again for copies
+in bfloat16, and 4 G D for each stored micro-batch.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class _Others:
     """Logits of one batch for the classes that are not the target."""
 
     scaled_unit_GD: Tensor  # in the products' dtype
-    target_position_G: Tensor  # position in the sample, -1 where the target is on another rank
+    target_position_G: Tensor  # position among the sampled classes, -1 where the target is on another rank
     margin: Margin
     scale: float
     interclass_filter: float | None
-    known_target_G: Tensor | None  # target logit / scale, for a margin that modifies negatives
+    # Target logit / scale of all embeddings, on every rank; None unless the margin modifies negatives.
+    known_target_G: Tensor | None
     product: Products
 
     def logits(self, class_unit_TD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -75,8 +76,9 @@ class _Sums:
             others.scale > FLOAT32_MAX_SCALE and like_GD.dtype != torch.float64
         )
         self.sum_G = torch.zeros_like(like_GD[:, 0])  # of exp(logit - max)
-        self.weighted_sum_GD = torch.zeros_like(like_GD)  # over classes j, of exp(logit_j - max) * slope_j * unit row_j
-        # Finite, so that a row without any class so far does not compute inf - inf.
+        # Over classes j: exp(logit_j - max) * slope_j * unit row_j.
+        self.weighted_sum_GD = torch.zeros_like(like_GD)
+        # Finite, so that an embedding without any class so far does not compute inf - inf.
         least = torch.finfo(like_GD.dtype).min if self._has_maximum else 0
         self.max_G = torch.full_like(self.sum_G, least)
 
@@ -120,7 +122,7 @@ class _Batch:
     """Values of a micro-batch that phase 3 needs."""
 
     others: _Others
-    offset_G: Tensor  # exp(logit - offset) is p times the weight of the sample's loss
+    offset_G: Tensor  # exp(logit - offset) is p times the loss weight of the embedding
     residual_G: Tensor  # d(loss) / d(target cosine) / scale: weight * (p - 1) * slope
 
     def gradient(self, class_unit_TD: Tensor, start: int) -> Tensor:
@@ -143,13 +145,13 @@ class Streaming:
         interclass_filter: float | None,
         tile: int | None,
         matrix_inputs: Inputs,
-        rows: torch.dtype,
+        rows_dtype: torch.dtype,
     ) -> None:
         self._margin = margin
         self._scale = scale
         self._filter = interclass_filter
         self._tile = tile
-        self._product = Products(matrix_inputs, rows)
+        self._product = Products(matrix_inputs, rows_dtype)
         self._sample = Sample(0)
         self._batches: list[_Batch] = []
 
@@ -177,24 +179,24 @@ class Streaming:
         return LocalSoftmax(sums.lse(), targets.logit_G, targets, others, sums, sample)
 
     @torch.no_grad()
-    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        """Phase 2: return the gradient [G, D] of sum_i row_weight_i (lse_i - target_i + penalty_i).
+    def embedding_gradient(self, local: LocalSoftmax, lse_G: Tensor, loss_weight_G: Tensor) -> Tensor:
+        """Phase 2: return the gradient [G, D] of sum_i loss_weight_i (lse_i - target_i + penalty_i).
 
         The gradient is this rank's part. `lse_G` is over the classes of all ranks. The penalty is counted on
         the rank of the target. The micro-batch is stored for phase 3.
         """
-        residual_G = local.targets.residual(lse_G) * row_weight_G
+        residual_G = local.targets.residual(lse_G) * loss_weight_G
         self._sample = local.sample
-        self._batches.append(_Batch(local.others, lse_G - row_weight_G.log(), residual_G))
+        self._batches.append(_Batch(local.others, lse_G - loss_weight_G.log(), residual_G))
         others_grad_GD = local.sums.weighted_sum_GD * (local.sums.max_G - lse_G).exp()[:, None]
-        return local.targets.embedding_gradient(others_grad_GD, lse_G, row_weight_G)
+        return local.targets.embedding_gradient(others_grad_GD, lse_G, loss_weight_G)
 
     @torch.no_grad()
     def weight_gradients(self, weight_RD: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-        """Phase 3: yield (rows, gradient [T, D] of these rows) for every tile, and drop the stored micro-batches.
+        """Phase 3: yield (rows, gradient [T, D] of these rows) of every tile, then drop the micro-batches.
 
-        The gradient is summed over all stored micro-batches. The caller may update the rows of a tile as soon as
-        they are yielded.
+        The gradient is summed over all stored micro-batches. The caller may update the rows of a
+        tile as soon as they are yielded.
         """
         batches = self._batches
         self.forget()

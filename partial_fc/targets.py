@@ -72,17 +72,17 @@ class Targets:
         """Return d(loss) / d(target cosine) / scale, [G]: (p - 1) times the margin's slope."""
         return self._error(lse_G) * self.dlogit_dcos_G
 
-    def embedding_gradient(self, others_grad_GD: Tensor, lse_G: Tensor, row_weight_G: Tensor) -> Tensor:
-        """Return this rank's part of the gradient [G, D] of sum_i row_weight_i loss_i.
+    def embedding_gradient(self, others_grad_GD: Tensor, lse_G: Tensor, loss_weight_G: Tensor) -> Tensor:
+        """Return this rank's part of the gradient [G, D] of sum_i loss_weight_i loss_i.
 
         The gradient is with respect to the embeddings.
         others_grad_GD: sum over the other classes of p_j times their slope times w_j; it is overwritten.
         """
         by_unit_GD = others_grad_GD.addcmul_(self.class_unit_GD, self.residual(lse_G)[:, None])
-        by_unit_GD.mul_((row_weight_G * self.scale)[:, None])
+        by_unit_GD.mul_((loss_weight_G * self.scale)[:, None])
         grad_GD = through_unit(by_unit_GD, self.unit_GD, self.inverse_norm_G)
         by_norm_G = self._error(lse_G) * self.by_norm_G + self.by_norm_penalty_G
-        return grad_GD.addcmul_(self.unit_GD, (by_norm_G * row_weight_G)[:, None])
+        return grad_GD.addcmul_(self.unit_GD, (by_norm_G * loss_weight_G)[:, None])
 
     def _error(self, lse_G: Tensor) -> Tensor:
         """Return p - 1 of the target, without cancellation where p is close to 1."""

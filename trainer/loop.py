@@ -2,8 +2,8 @@
 
     step        next micro-batches -> train_step -> run log; at intervals evaluate and save
     signal      save and leave
-    divergence  a step is skipped if its loss or gradient is not finite; after too many in a row, return to the
-                newest checkpoint or end the run
+    divergence  a step is skipped if its loss or gradient is not finite; after too many in a row, return to
+                the newest checkpoint or end the run
 
 Steps count from 0. A record or checkpoint "at step n" holds the state after n steps.
 """
@@ -39,8 +39,8 @@ MakeLoader = Callable[[int, list[list[int]] | None, GatherLabels], Loader | Remo
 class Training:
     """A run that starts from the present values of `state`; `execute` runs its steps.
 
-    cursor: for a stream, a row for each rank at the checkpoint from which the run resumes: the position of the
-    shard that it reads next and its number of finished samples.
+    cursor: for a stream, at the checkpoint from which the run resumes, for each rank the position of the
+    shard that it is reading and the number of finished samples of that shard.
     """
 
     ranks: Ranks
@@ -73,7 +73,7 @@ class Training:
         return stopped_by
 
     def give_up_saving(self, reason: str) -> None:
-        """Remove the incomplete checkpoint of a save after a signal that failed or exceeded its deadline."""
+        """Remove the incomplete checkpoint when the save after a signal fails or exceeds its deadline."""
         self.checkpoints.clean()
         self._say_leaving(self.stop.signal, f"nothing more is saved: {reason}")
 
@@ -99,7 +99,7 @@ class Training:
                 return done, outcome.signal
             if has_diverged:
                 return self._roll_back(done, float(outcome.loss)), 0
-            # A bad state may be the cause of skipped steps: no checkpoint replaces earlier ones until a step succeeds.
+            # A bad state may be the cause of skipped steps: nothing is saved until a step succeeds.
             if is_save_due and self.divergence.skips_in_a_row == 0:
                 self._save(done)
             if schedule.is_due(done, schedule.evaluate_every):
@@ -130,7 +130,10 @@ class Training:
         return outcome
 
     def _noted(self, step: int, batches: Iterable[Batch], is_slow: bool) -> Iterator[Batch]:
-        """Yield the batches, and report to the watchdog whether the run waits for one or computes."""
+        """Yield the batches, and report to the watchdog whether the run waits for one or computes.
+
+        is_slow: the watchdog allows three times its timeout, as for the first step.
+        """
         iterator, pulse = iter(batches), self.ranks.pulse
         while True:
             pulse.note(step, "waiting for images", is_slow=is_slow)
@@ -161,7 +164,10 @@ class Training:
         """Save because of a signal; if that fails or exceeds the deadline, exit at once with EXIT_CODE."""
         self.stop.start_clock()
         if self.divergence.skips_in_a_row > 0:
-            self._say_leaving(signal, f"step {step} is not saved: the last {self.divergence.skips_in_a_row} steps were skipped")
+            self._say_leaving(
+                signal,
+                f"step {step} is not saved: the last {self.divergence.skips_in_a_row} steps were skipped",
+            )
             return
         try:
             if not self.checkpoints.has_saved(step):

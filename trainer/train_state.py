@@ -45,7 +45,7 @@ class Checkpoints:
     def __init__(
         self, config: RunConfig, source: Source, state: TrainState, ranks: Ranks, log: RunLog
     ) -> None:
-        self._config, self._identity, self._state, self._ranks = config, source.identity, state, ranks
+        self._config, self._fingerprint, self._state, self._ranks = config, source.fingerprint, state, ranks
         self._saver = Saver(
             config.run_dir, config.checkpoint, group=ranks.group, metrics=log.metrics, say=log.say
         )
@@ -57,7 +57,7 @@ class Checkpoints:
         """Start to save the state after `step` steps; the last save is on the disk on return."""
         self._state.engine.synchronize_statistics()
         header = Header(
-            step, self._config.model_dump(mode="json"), self._identity, sharded.versions(), cursor
+            step, self._config.model_dump(mode="json"), self._fingerprint, sharded.versions(), cursor
         )
         self._saver.save(self._state.state, header, is_last=is_last)
 
@@ -132,7 +132,7 @@ def _refuse_changes(config: RunConfig, source: Source, header: Header) -> None:
         before = header.config
     changed = differences(
         {**before, "dataset": header.dataset},
-        {**config.model_dump(mode="json"), "dataset": source.identity},
+        {**config.model_dump(mode="json"), "dataset": source.fingerprint},
     )
     if changed:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The catalog of a dataset: arrays with the position and the label of every image.
 
-catalog = open_catalog(folder)            or several folders, whose classes are numbered consecutively
+catalog = open_catalog(folder)            or several: the classes of each follow those of the one before
 catalog.label_N[i], catalog.image(i)
 
 files     find the folder's container (`CONTAINERS`), and list names, sizes and times of its files
@@ -15,17 +15,20 @@ import hashlib
 import os
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.common.data_file import lines_of
 from data_pipeline.common.progress_bar import progress_bar
 from data_pipeline.formats import image_folder, recordio_folder, tar_folder
 from data_pipeline.formats.container import (
     COLUMNS,
     FILE,
+    LARGEST_LABEL,
     Container,
     DatasetError,
     FileTable,
@@ -47,9 +50,13 @@ CONTAINERS: dict[str, Container] = {
 
 _FORMAT = 1
 _HIDDEN = ".lgaf_catalog"
-# Up to this number or this share of damaged records, a dataset is used without them.
+# A dataset with more damaged records than this number or this share, whichever is more, is refused; below
+# that the loaders replace them (see quarantine.py).
 _MOST_DAMAGED, _DAMAGED_SHARE = 10, 0.01
 _NAMED = 10
+_PROPERTY_CHARS = 4096
+# The largest image that training decodes has less, also if it is not compressed.
+_LARGEST_RECORD = 1 << 28
 
 
 class Dataset(NamedTuple):
@@ -65,10 +72,10 @@ class Dataset(NamedTuple):
 
 
 class Catalog:
-    """The N images of a dataset, or of several.
+    """The N images of a dataset, or of several; K of them are damaged.
 
     `file_N` and `length_N` (bytes) are int32, `offset_N`, `label_N` and `key_N` int64, labels are in
-    [0, num_classes); `damaged_D` are the numbers of the records that cannot be read, ascending int64. A
+    [0, num_classes); `damaged_K` are the numbers of the records that cannot be read, ascending int64. A
     damaged record stays in the catalog, and its `image` raises RecordError.
     """
 
@@ -76,7 +83,7 @@ class Catalog:
         self, datasets: Sequence[Dataset], records: Records, num_classes: int, labels_crc32: int
     ) -> None:
         self.datasets, self.num_classes = tuple(datasets), num_classes
-        self.label_N, self.key_N, self.damaged_D = records.label_N, records.key_N, records.damaged_D
+        self.label_N, self.key_N, self.damaged_K = records.label_N, records.key_N, records.damaged_K
         self.file_N, self.offset_N, self.length_N = records.file_N, records.offset_N, records.length_N
         self._labels_crc32 = labels_crc32
         self._bytes = ByteRanges([dataset.files for dataset in datasets])
@@ -87,8 +94,8 @@ class Catalog:
         return len(self.label_N)
 
     @property
-    def identity(self) -> dict[str, int]:
-        """Numbers that distinguish this dataset from others, independent of its path."""
+    def fingerprint(self) -> dict[str, int]:
+        """Numbers of images and classes, and a checksum of the labels: a resumed run compares them."""
         return {"images": len(self), "classes": self.num_classes, "labels_crc32": self._labels_crc32}
 
     def image(self, record: int) -> np.ndarray:
@@ -98,7 +105,13 @@ class Catalog:
         DatasetError if its file has changed or is missing.
         """
         file, offset = int(self.file_N[record]), int(self.offset_N[record])
-        span = self._bytes.read(file, offset, int(self.length_N[record]))
+        length = int(self.length_N[record])
+        if length > _LARGEST_RECORD:
+            raise RecordError(
+                f"{self.name_of(record)}: expected an image, found a record of {length} bytes, more than "
+                f"{_LARGEST_RECORD}"
+            )
+        span = self._bytes.read(file, offset, length)
         container = self._containers[0 if len(self._containers) == 1 else self._dataset_of(file)]
         try:
             return container.image_of(span, "", offset)
@@ -108,7 +121,7 @@ class Catalog:
     def damage(self, count: int) -> list[str]:
         """Return the error messages of the first `count` damaged records."""
         reasons = []
-        for record in self.damaged_D[:count].tolist():
+        for record in self.damaged_K[:count].tolist():
             try:
                 self.image(record)
             except RecordError as error:
@@ -140,10 +153,13 @@ def open_catalog(
 
     `num_classes` overrides the number in `property`. `catalog_dir` is the folder for catalogs, by default a
     hidden folder of the (first) dataset, or the user's cache if the dataset's folder is read-only. The arrays
-    are memory-mapped: opening takes milliseconds, and the processes of a node share one copy.
+    are memory-mapped, and the processes of a node share one copy. Their values are checked first, which takes
+    about a second for 42 million images. A catalog that another user has written is used only if the datasets
+    belong to this user or if it is root's; otherwise this user builds one.
 
     Raises DatasetError or RecordError if files are missing, do not match each other, are truncated, have
-    another format or labels outside the classes, or if more than a few records are damaged.
+    another format or labels outside the classes, or if more than 10 records and more than 1 % of them are
+    damaged.
     """
     folders = [path] if isinstance(path, Path) else list(path)
     datasets = [_dataset_in(folder) for folder in folders]
@@ -152,6 +168,7 @@ def open_catalog(
         _cache_name(folders),
         _signature(datasets),
         lambda: _build(datasets),
+        catalog_cache.Trust(_trusted_owners(folders), partial(_is_catalog_of, datasets)),
     )
     catalog = Catalog(datasets, Records(**arrays), facts["classes"], facts["labels_crc32"])
     _check_classes(catalog, facts["largest"], num_classes)
@@ -165,14 +182,19 @@ def read_property(folder: Path) -> tuple[int, int, int] | None:
     Raises DatasetError if its first line is not three whole numbers.
     """
     path = folder / "property"
-    if not path.is_file():
+    if path.is_dir():  # of an identity with this name
         return None
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    fields = [field.strip() for field in lines[0].split(",")]
+    try:
+        line = next(lines_of(path, _PROPERTY_CHARS, "utf-8", "replace"), "")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DatasetError(f"{path}: expected 'classes,height,width', found: {error.strerror}") from error
+    fields = [field.strip() for field in line.split(",")]
     if len(fields) != 3 or not all(field.isdecimal() and len(field) < 10 for field in fields):
         raise DatasetError(
-            f"{path}: first line is {lines[0][:60]!r}, expected 'classes,height,width' in whole numbers; "
-            "correct it"
+            f"{path}: first line is {line.rstrip()[:60]!r}, expected 'classes,height,width' in whole "
+            "numbers; correct it"
         )
     return int(fields[0]), int(fields[1]), int(fields[2])
 
@@ -184,8 +206,8 @@ def _dataset_in(folder: Path) -> Dataset:
             return Dataset(name, files)
     raise DatasetError(
         f"no dataset at {folder}: expected {folder}/train.rec, other .rec files, .tar shards, or a "
-        f"sub-folder of images for each identity, found {_contents(folder)}; set data.path to an InsightFace "
-        "folder, one of shards or of images, or write one with `lgaf data synth` or `lgaf data pack`"
+        f"sub-folder of images for each identity, found {_contents(folder)}; name such a "
+        "folder, in data.path for a training, or write one with `lgaf data synth` or `lgaf data pack`"
     )
 
 
@@ -201,9 +223,39 @@ def _places(folder: Path, catalog_dir: Path | None) -> list[Path]:
     where = folder.resolve()
     own = f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     if catalog_dir is not None:
-        return [catalog_dir / own]
+        return [catalog_dir / own, catalog_dir / f"{own}-user-{os.geteuid()}"]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [folder / _HIDDEN, user_cache / "lgaf" / own]
+
+
+def _trusted_owners(folders: Sequence[Path]) -> frozenset[int]:
+    """Return the users whose catalogs are used: this one, root, and the owner of the datasets themselves."""
+    owners = {folder.stat().st_uid for folder in folders}
+    return frozenset({os.geteuid(), 0} | (owners if len(owners) == 1 else set()))
+
+
+def _is_catalog_of(datasets: Sequence[Dataset], arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
+    """Return True if all values of a cached catalog are in their ranges, and its labels have their checksum.
+
+    Reads all columns but one, about a second for 42 million images; the pages stay in the system's cache.
+    """
+    records, label_N = Records(**arrays), arrays["label_N"]
+    total, largest = len(label_N), facts["largest"]
+    if total == 0 or any(len(column) != total for column in records[:-1]):
+        return False
+    if len(largest) != len(datasets) or not all(type(at) is int and 0 <= at < total for at in largest):
+        return False
+    return bool(
+        zlib.crc32(label_N.data) == facts["labels_crc32"]
+        and label_N.min() >= 0
+        and label_N.max() == label_N[largest[-1]] == facts["classes"] - 1
+        and records.file_N.min() >= 0
+        and records.file_N.max() < sum(len(dataset.files) for dataset in datasets)
+        and records.offset_N.min() >= 0
+        and records.length_N.min() >= 0
+        and all(0 <= at < total for at in [*records.damaged_K[:1], *records.damaged_K[-1:]])
+        and (np.diff(records.damaged_K) > 0).all()
+    )
 
 
 def _cache_name(folders: Sequence[Path]) -> str:
@@ -231,10 +283,15 @@ def _build(datasets: Sequence[Dataset]) -> tuple[dict[str, list[np.ndarray]], di
         _refuse_changed(dataset)
         at = int(np.argmax(part.label_N))
         largest.append(records + at)
+        if classes + int(part.label_N[at]) > LARGEST_LABEL:
+            raise DatasetError(
+                f"{dataset.folder}: label {part.label_N[at]} after {classes} classes of other datasets: "
+                f"expected a sum of at most {LARGEST_LABEL}; number the classes of each dataset from 0"
+            )
         shifted = part._replace(
             file_N=(part.file_N + files).astype(FILE, copy=False),
             label_N=part.label_N + classes,
-            damaged_D=part.damaged_D + records,
+            damaged_K=part.damaged_K + records,
         )
         files, records, classes = (
             files + len(dataset.files),
@@ -251,7 +308,7 @@ def _build(datasets: Sequence[Dataset]) -> tuple[dict[str, list[np.ndarray]], di
 
 
 def _refuse_damage(dataset: Dataset, records: Records) -> None:
-    damaged, total = len(records.damaged_D), len(records.label_N)
+    damaged, total = len(records.damaged_K), len(records.label_N)
     if damaged <= max(_MOST_DAMAGED, _DAMAGED_SHARE * total):
         return
     reasons = Catalog([dataset], records, 0, 0).damage(_NAMED)
@@ -270,7 +327,8 @@ def _refuse_changed(dataset: Dataset) -> None:
 
 
 def _check_classes(catalog: Catalog, largest: Sequence[int], num_classes: int | None) -> None:
-    """Raise DatasetError if a label is outside the classes; `largest` are each dataset's largest labels."""
+    """Raise DatasetError if a label is outside the classes; `largest` holds, for each dataset,
+    the number of the record with the largest label."""
     if num_classes is not None:
         label = catalog.label_N[largest[-1]]
         if label >= num_classes:

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.common import bounded_json
 from data_pipeline.common.atomic_write import write_through
 from trainer.checkpoint.checksummed_file import FileSum, open_regular
 
@@ -43,8 +44,9 @@ ITEM_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
-# A chunk takes about 150 bytes: enough for a thousand tensors on each of a thousand ranks.
-_LARGEST_MANIFEST = 256 << 20
+# A chunk takes about 150 bytes: enough for two hundred thousand. As values, JSON can take 20 times its size.
+_LARGEST_MANIFEST = 32 << 20
+_YEAR_5000_S = 1e11
 _NAME = re.compile(r"step-(\d+)")
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
@@ -60,7 +62,7 @@ class Header:
 
     step: int
     config: dict[str, Any]
-    dataset: dict[str, int]
+    dataset: dict[str, int]  # the dataset's fingerprint: images, classes, checksum of the labels
     versions: dict[str, str]
     cursor: list[list[int]] | None = None  # positions in a stream of shards, a row for each rank
 
@@ -113,7 +115,7 @@ class Manifest:
 
 
 class IntegrityCheck(Protocol):
-    """A check of one of `parts` parts of a checkpoint's files that returns the first problem, or None."""
+    """Function that checks part `part` of `parts` of the files; it returns the first problem, None if intact."""
 
     def __call__(self, checkpoint: Path, part: int = 0, parts: int = 1) -> str | None: ...
 
@@ -165,9 +167,10 @@ def publish(
     files: dict[str, FileSum],
     tensors: dict[str, StoredTensor],
 ) -> None:
-    """Write the manifest for the files in `partial`, which are on the disk already, and rename it to `final`.
+    """Write the manifest into `partial`, whose files are on the disk already, and rename the folder to `final`.
 
-    An existing checkpoint of that name is replaced. A kill between the two renames is repaired by `restore`.
+    An existing `final` is first renamed to `.old`; if the process is killed before the second rename,
+    `undo_replacement` renames it back.
     """
     manifest = Manifest(header, time.time(), files, tensors)
     _check(manifest)
@@ -179,14 +182,14 @@ def publish(
     try:
         os.replace(partial, final)
     except OSError:
-        restore(final.parent)
+        undo_replacement(final.parent)
         raise
     _sync_folder(final.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
-def restore(folder: Path) -> None:
-    """Rename checkpoints back that a process was about to replace when it was killed. Raises OSError."""
+def undo_replacement(folder: Path) -> None:
+    """Rename checkpoints back that a killed process had renamed in order to replace them. Raises OSError."""
     for path in folder.glob(".*.old"):
         final = path.with_name(path.name[1:].removesuffix(".old"))
         if not final.exists() and (path / MANIFEST).exists():
@@ -196,7 +199,7 @@ def restore(folder: Path) -> None:
 def clean(run_dir: Path) -> None:
     """Remove the remains of killed or failed saves; a save in progress is abandoned."""
     with contextlib.suppress(OSError):  # if the file system is unavailable, the next save reports it
-        restore(folder_of(run_dir))
+        undo_replacement(folder_of(run_dir))
         for gone in folder_of(run_dir).glob(".step-*.gone"):
             shutil.rmtree(gone, ignore_errors=True)
         for path in folder_of(run_dir).glob(".step-*"):
@@ -212,9 +215,10 @@ def remove(checkpoint: Path) -> None:
 
 
 def superfluous(
-    run_dir: Path, *, keep: int, every_steps: int | None, look: IntegrityCheck, until_step: int | None = None
+    run_dir: Path, *, keep: int, every_steps: int | None, check: IntegrityCheck, until_step: int | None = None
 ) -> list[Path]:
-    """Return the checkpoints to remove: all that are older than the `keep` newest ones that pass `look`.
+    """Return the checkpoints to remove: all older than the `keep` newest in which `check` finds
+    no problem.
 
     Checkpoints at multiples of `every_steps` are kept. Checkpoints after `until_step`, which remain when a
     run has resumed from an earlier step, are neither counted nor returned.
@@ -225,7 +229,7 @@ def superfluous(
         if until_step is not None and step > until_step:
             continue
         if good < keep:
-            good += look(checkpoint) is None
+            good += check(checkpoint) is None
         elif every_steps is None or step % every_steps:
             found.append(checkpoint)
     return found
@@ -240,18 +244,28 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if len(raw) > _LARGEST_MANIFEST:
             raise ValueError(f"more than {_LARGEST_MANIFEST} bytes")
         text = raw.decode()
-        held = json.loads(text)
-        if held.get("format", 1) not in (1, FORMAT):
-            raise ValueError(f"format {held['format']!r}, which a newer lgaf wrote")
+        held = bounded_json.parse(text)
+        if type(form := held.get("format", 1)) is int and form > FORMAT:
+            raise CheckpointError(
+                f"{path}: expected a checkpoint's manifest, found one of format {form}; install a newer lgaf"
+            )
         manifest = _parsed(held)
         _check(manifest)
         is_sealed = _sealed(manifest) == text
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error.strerror}") from error
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error!r}") from error
+        raise CheckpointError(
+            f"{path}: expected a checkpoint's manifest, found a damaged one ({type(error).__name__}: {error}); "
+            "resume from another checkpoint, or restore this one from a copy"
+        ) from error
     if not is_sealed:
-        raise CheckpointError(f"{path}: expected a checkpoint's manifest, found one that was modified")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint's manifest, found one that does not match its CRC-32; "
+            "resume from another checkpoint, or restore this one from a copy"
+        )
     return manifest
 
 
@@ -280,10 +294,12 @@ def _parsed(held: dict[str, Any]) -> Manifest:
 def _check(manifest: Manifest) -> None:
     """Raise ValueError unless values have their types and every row of every tensor is described once."""
     header = manifest.header
-    if not _is_count(header.step) or type(manifest.time_s) is not float:
+    if manifest.format not in (1, FORMAT):
+        raise ValueError(f"format {manifest.format!r}")
+    if not _is_count(header.step) or not _is_time(manifest.time_s):
         raise ValueError(f"step {header.step!r}, written at {manifest.time_s!r}")
     if not all(isinstance(table, dict) for table in (header.config, header.dataset, header.versions)):
-        raise ValueError("a configuration, dataset or versions that is no table")
+        raise ValueError("configuration, dataset and versions, expected tables")
     if header.cursor is not None and not all(map(_is_count, (n for row in header.cursor for n in row))):
         raise ValueError(f"the cursor {header.cursor!r}")
     for name, entry in manifest.files.items():
@@ -310,21 +326,25 @@ def _check(manifest: Manifest) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_time(value: object) -> bool:
+    return type(value) is float and 0 <= value < _YEAR_5000_S
 
 
 def wrong_size(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Check the manifest and the sizes of the files, as an `IntegrityCheck`."""
+    """Return the first problem of the manifest and of the sizes of the files: an `IntegrityCheck`."""
     return _first_wrong(_wrong_size, checkpoint, part, parts)
 
 
 def wrong_sum(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Check the manifest and every byte of the files, as an `IntegrityCheck`."""
+    """Return the first problem of the manifest and of every byte of the files: an `IntegrityCheck`."""
     return _first_wrong(_wrong_sum, checkpoint, part, parts)
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Check sizes first, which is fast, and then every byte, as an `IntegrityCheck`."""
+    """Return the first problem of sizes, which is fast, and then of every byte: an `IntegrityCheck`."""
     return wrong_size(checkpoint, part, parts) or wrong_sum(checkpoint, part, parts)
 
 

@@ -87,7 +87,7 @@ def test_property_may_have_more_lines(dataset):
 
 def test_no_dataset(tmp_path):
     with pytest.raises(
-        ValueError, match=rf"no dataset at {tmp_path}.*train.rec, .*; set data.path .*`lgaf data synth`"
+        ValueError, match=rf"no dataset at {tmp_path}.*train.rec, .*; name such .*data.path .*`lgaf data synth`"
     ):
         open_catalog(tmp_path)
 
@@ -191,6 +191,6 @@ def test_a_dataset_without_images(tmp_path, write_records):
 
 def test_arrays_are_integers(dataset):
     catalog = open_catalog(dataset)
-    for array in (catalog.offset_N, catalog.label_N, catalog.key_N, catalog.damaged_D):
+    for array in (catalog.offset_N, catalog.label_N, catalog.key_N, catalog.damaged_K):
         assert array.dtype == np.int64
     assert catalog.file_N.dtype == catalog.length_N.dtype == np.int32

@@ -77,7 +77,7 @@ def test_built_once_and_then_mapped(dataset, builds):
     for _ in range(3):
         catalog = open_catalog(dataset)
         assert catalog.label_N.tolist() == LABELS
-        assert catalog.identity == {"images": 12, "classes": 3, "labels_crc32": crc32}
+        assert catalog.fingerprint == {"images": 12, "classes": 3, "labels_crc32": crc32}
     assert len(builds) == 1
     assert len(entries(dataset / ".lgaf_catalog")) == 1
 
@@ -156,7 +156,7 @@ def test_no_place_at_all(dataset, tmp_path):
         open_catalog(dataset, catalog_dir=tmp_path / "file")
 
 
-@pytest.mark.parametrize("file", ["label_N.npy", "damaged_D.npy", "facts.json"])
+@pytest.mark.parametrize("file", ["label_N.npy", "damaged_K.npy", "facts.json"])
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99, 1.5, None])
 def test_a_damaged_cache_is_rebuilt(dataset, builds, file, kept):
     open_catalog(dataset)

@@ -41,7 +41,7 @@ before, start = status_bytes("VmRSS"), time.perf_counter()
 catalog = open_catalog(Path(sys.argv[1]), 1_000_000)
 start, built_s, peak = time.perf_counter(), time.perf_counter() - start, status_bytes("VmHWM")
 catalog = open_catalog(Path(sys.argv[1]), 1_000_000)
-identity = catalog.identity
+fingerprint = catalog.fingerprint
 opened_s = time.perf_counter() - start
 record_N = [(i * 7919) % len(catalog) for i in range(200_000)]
 start = time.perf_counter()
@@ -51,7 +51,7 @@ rate = len(record_N) / (time.perf_counter() - start)
 at = [0, 1, 2_500_000, len(catalog) - 1]
 print(json.dumps({
     "built_s": built_s, "opened_s": opened_s, "bytes": peak - before, "images_per_s": rate,
-    "identity": identity, "labels": catalog.label_N[at].tolist(), "keys": catalog.key_N[at].tolist(),
+    "identity": fingerprint, "labels": catalog.label_N[at].tolist(), "keys": catalog.key_N[at].tolist(),
     "image": catalog.image(2_500_000).tobytes().decode(),
 }))
 """
