@@ -115,7 +115,7 @@ class Manifest:
 
 
 class IntegrityCheck(Protocol):
-    """Function that checks part `part` of `parts` of the files; it returns the first problem, None if intact."""
+    """Function that checks part `part` of `parts` of the files and returns the first problem, or None."""
 
     def __call__(self, checkpoint: Path, part: int = 0, parts: int = 1) -> str | None: ...
 
@@ -167,7 +167,7 @@ def publish(
     files: dict[str, FileSum],
     tensors: dict[str, StoredTensor],
 ) -> None:
-    """Write the manifest into `partial`, whose files are on the disk already, and rename the folder to `final`.
+    """Write the manifest into `partial`, whose files are on the disk, and rename the folder to `final`.
 
     An existing `final` is first renamed to `.old`; if the process is killed before the second rename,
     `undo_replacement` renames it back.
@@ -258,8 +258,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: expected a checkpoint's manifest, found a damaged one ({type(error).__name__}: {error}); "
-            "resume from another checkpoint, or restore this one from a copy"
+            f"{path}: expected a checkpoint's manifest, found a damaged one ({type(error).__name__}: {error})"
+            "; resume from another checkpoint, or restore this one from a copy"
         ) from error
     if not is_sealed:
         raise CheckpointError(
