@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import settings
+
+# No example may fail because the machine is busy.
+settings.register_profile("lgaf", deadline=None)
+settings.load_profile("lgaf")
 
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-mxnet"
 REQUIREMENTS = Path(__file__).with_name("mxnet-requirements.txt")
