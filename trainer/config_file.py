@@ -24,7 +24,18 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from data_pipeline.common.data_file import read_data_file
+from data_pipeline.common.redaction import redacted
+
 M = TypeVar("M", bound=BaseModel)
+# Configurations have a few kilobytes; lists of shards can be longer.
+_MOST_BYTES = 1 << 20
+_MOST_PARTS = 32
+# tomllib takes quadratic time and memory for a dotted key of many parts.
+_LONG_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{_MOST_PARTS}}}"""
+)
+_MOST_ERRORS = 50
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -42,15 +53,18 @@ def load(model: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
 
     An override is `dotted.key=value`; a value that is not valid TOML is a string.
 
-    Raises ValueError if the file cannot be read as TOML, if an override has no "=" or names a key below a
-    value that is not a table, or if keys are unknown, missing or invalid.
+    Raises ValueError if the file cannot be read as TOML or is too large for a configuration, if an override
+    has no "=" or names a key below a value that is not a table, or if keys are unknown, missing or invalid.
     """
     tree = {} if path is None else _read_toml(path)
     overridden = [_apply(tree, override) for override in overrides]
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, item, path, overridden) for item in error.errors()]
+        errors = error.errors()
+        lines = [_explain(model, item, path, overridden) for item in errors[:_MOST_ERRORS]]
+        if len(errors) > _MOST_ERRORS:
+            lines.append(f"and {len(errors) - _MOST_ERRORS} more errors")
     raise ValueError("\n".join(lines))
 
 
@@ -70,7 +84,15 @@ def help_text(model: type[BaseModel], width: int = 100) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_data_file(path, _MOST_BYTES).decode()
+        if found := _LONG_KEY.search(text):
+            line = text.count("\n", 0, found.start()) + 1
+            raise ValueError(f"a key of more than {_MOST_PARTS} parts (at line {line})")
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(
+            f"{path}: expected TOML, found: values nested too deeply; correct it there"
+        ) from None
     except OSError as error:
         raise ValueError(
             f"{path}: expected a configuration file (TOML), found: {error.strerror or error}"
@@ -85,12 +107,13 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     name = name.strip()
     *tables, last = name.split(".")
     if not equals or not last or not all(tables):
-        raise ValueError(f"--set {override!r}: expected key=value, as in --set seed=7")
+        raise ValueError(f"--set {_shown(override)}: expected key=value, as in --set seed=7")
     for depth, table in enumerate(tables, 1):
         tree = tree.setdefault(table, {})
         if not isinstance(tree, dict):
             raise ValueError(
-                f"--set {override!r}: expected {'.'.join(tables[:depth])} to be a table, found {tree!r:.80}"
+                f"--set {_shown(override)}: expected {'.'.join(tables[:depth])} to be a table, "
+                f"found {_shown(tree)}"
             )
     tree[last] = _toml_value(text.strip())
     return name
@@ -101,7 +124,7 @@ def _toml_value(text: str) -> Any:
         match tomllib.loads(f"value = {text}"):
             case {"value": value, **others} if not others:
                 return value
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         pass
     return text
 
@@ -127,7 +150,7 @@ def _explain(
         kinds = _kinds(table.model_fields[str(loc[-1])].annotation)
         tag, names = _tag_of(next(iter(kinds.values()))), ", ".join(map(repr, kinds))
         return (
-            f"{subject}: expected a table, found {error['input']!r:.80}; set {name}.{tag} to one of {names}"
+            f"{subject}: expected a table, found {_shown(error['input'])}; set {name}.{tag} to one of {names}"
         )
     if error["type"] == "missing":
         field = table.model_fields[str(error["loc"][-1])]
@@ -135,7 +158,12 @@ def _explain(
     if error["type"] in ("value_error", "assertion_error"):
         return f"{subject}: {error['ctx']['error']}"
     message = re.sub(r"^Input should (be )?", "expected ", error["msg"])
-    return f"{subject}: {message}, found {error['input']!r:.80}"
+    return f"{subject}: {message}, found {_shown(error['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, cut off after 80 characters."""
+    return redacted(repr(value))[:80]
 
 
 def _where(name: str, path: Path | None, overridden: list[str]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.common.data_file import lines_of
+
+# A line that is too long for a table comes in parts, which are no lines of a table.
 _MAX_LINE_CHARS = 4096
 
 
@@ -24,7 +26,9 @@ def read_columns(path: Path, columns: int, expected: str) -> tuple[np.ndarray, n
     dtype = [("first", "i8"), *((f"between_{i}", "S1") for i in range(columns - 2)), ("last", "i8")]
     try:
         with warnings.catch_warnings(action="ignore"):  # of an empty table
-            table_L = np.loadtxt(_lines(path), dtype, delimiter="\t", comments=None, ndmin=1)
+            table_L = np.loadtxt(
+                lines_of(path, _MAX_LINE_CHARS), dtype, delimiter="\t", comments=None, ndmin=1
+            )
     except ValueError:
         raise TableError(_first_bad_line(path, columns, expected)) from None
     if not len(table_L):
@@ -34,16 +38,9 @@ def read_columns(path: Path, columns: int, expected: str) -> tuple[np.ndarray, n
     return np.ascontiguousarray(table_L["first"]), np.ascontiguousarray(table_L["last"])
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines; one that is too long for a table comes in parts, which are no lines of a table."""
-    with open(path, encoding="latin1", newline="\n") as file:
-        while line := file.readline(_MAX_LINE_CHARS):
-            yield line
-
-
 def _first_bad_line(path: Path, columns: int, expected: str) -> str:
     good = re.compile(r"\s*|" + r" *\d{1,18} *\t" + r"[^\t]*\t" * (columns - 2) + r" *\d{1,19}\s*")
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path, _MAX_LINE_CHARS), 1):
         if not good.fullmatch(line):
             return f"line {number} is {line.rstrip()[:60]!r}, expected {expected}"
     return f"a number is out of range, expected {expected}"

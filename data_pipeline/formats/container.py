@@ -23,6 +23,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data_pipeline.common.data_file import data_file_stat
+
+# The number of classes, which is larger by one, must be an int64 too.
+LARGEST_LABEL = (1 << 63) - 2
+
 Progress = Callable[[int, int], None]
 
 
@@ -39,7 +44,7 @@ class Records(NamedTuple):
 
     `file_N` int32 is the number of the file in the dataset's FileTable, `offset_N` int64 and `length_N` int32
     are the record's bytes in it, `label_N` int64 is the class, `key_N` int64 is the container's key of the
-    record. `damaged_D` int64 are the numbers of the records that cannot be read, ascending.
+    record. `damaged_K` int64 are the numbers of the records that cannot be read, ascending.
     """
 
     file_N: np.ndarray
@@ -47,7 +52,7 @@ class Records(NamedTuple):
     length_N: np.ndarray
     label_N: np.ndarray
     key_N: np.ndarray
-    damaged_D: np.ndarray
+    damaged_K: np.ndarray
 
 
 FILE, OFFSET, LENGTH, LABEL, KEY = map(np.dtype, ("<i4", "<i8", "<i4", "<i8", "<i8"))
@@ -56,12 +61,12 @@ LONGEST = np.iinfo(LENGTH).max  # stands for every longer length
 
 
 def joined(parts: Sequence[Records]) -> Records:
-    """Concatenate the records of several files; `damaged_D` of each part counts from its first record."""
+    """Concatenate the records of several files; `damaged_K` of each part counts from its first record."""
     if len(parts) == 1:
         return parts[0]
     starts = accumulate((len(part.label_N) for part in parts), initial=0)
     shifted = [
-        part._replace(damaged_D=part.damaged_D + start) for part, start in zip(parts, starts, strict=False)
+        part._replace(damaged_K=part.damaged_K + start) for part, start in zip(parts, starts, strict=False)
     ]
     return Records(*map(np.concatenate, zip(*shifted, strict=True)))
 
@@ -103,19 +108,27 @@ class FileTable:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Return the sorted names of the files directly in `folder`; an empty list if it is not a folder."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    """Return the sorted names in `folder` that are not folders; an empty list if it is not a folder."""
+    return sorted(path.name for path in folder.iterdir() if not path.is_dir()) if folder.is_dir() else []
 
 
 def table_of(folder: Path, names: Iterable[str]) -> FileTable:
-    """Return the FileTable of some files in `folder`."""
+    """Return the FileTable of some files in `folder`. Raises DatasetError if one is not a regular file."""
     blob, numbers = bytearray(), []
     for name in names:
-        found = os.stat(folder / name)
+        found = stat_of(folder / name)
         blob += os.fsencode(name) + b"\0"
         numbers.append((found.st_size, found.st_mtime_ns))
     size_F, mtime_F = np.array(numbers, np.int64).reshape(-1, 2).T.copy()
     return FileTable(folder, bytes(blob), size_F, mtime_F)
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """Return size and times of a file. Raises DatasetError if it is missing or not a regular file."""
+    try:
+        return data_file_stat(path)
+    except OSError as error:
+        raise DatasetError(f"{path}: expected a file of the dataset, found: {error.strerror}") from error
 
 
 class Container(Protocol):

@@ -24,6 +24,7 @@ from data_pipeline.formats.container import (
     Progress,
     RecordError,
     Records,
+    stat_of,
 )
 
 _OTHER_SUFFIXES = {".rec", ".idx", ".tar", ".bin", ".lst", ".tsv", ".csv", ".txt", ".json", ".npy", ".zip"}
@@ -93,5 +94,5 @@ def _stat(path: Path) -> tuple[int, int]:
             f"{path}: expected an image in the sub-folder of an identity, found a {path.suffix or 'folder'}; "
             "remove it, or set data.path to the folder of one dataset"
         )
-    found = path.stat()
+    found = stat_of(path)
     return found.st_size, found.st_mtime_ns

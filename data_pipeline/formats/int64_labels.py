@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from data_pipeline.common.atomic_write import private_file
+from data_pipeline.common.data_file import open_data_file
 from data_pipeline.formats.container import DatasetError
 
 LABELS_SUFFIX = ".labels.npy"
@@ -27,26 +30,23 @@ def write_labels(rec_path: Path, key_N: np.ndarray, label_N: np.ndarray) -> None
     The file is an int64 array [N, 2] of keys and labels; it appears only when complete.
     """
     path = rec_path.with_suffix(LABELS_SUFFIX)
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, np.stack([key_N, label_N], axis=1).astype("<i8"), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with private_file(path) as partial, open(partial, "wb") as file:
+        np.save(file, np.stack([key_N, label_N], axis=1).astype("<i8"), allow_pickle=False)
 
 
-def read_labels(rec_path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_labels(rec_path: Path, at_most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return keys and labels int64 [N] of the file beside `rec_path`.
 
-    Raises DatasetError if the file has another format.
+    Raises DatasetError if the file has another format, or more than `at_most` labels.
     """
     path = rec_path.with_suffix(LABELS_SUFFIX)
-    with open(path, "rb") as file:
-        head = file.read(256)
-    found, size_bytes = _HEADER.match(head), path.stat().st_size
+    with open_data_file(path) as file:
+        return _read_table(path, file, at_most)
+
+
+def _read_table(path: Path, file: BinaryIO, at_most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    head, size_bytes = file.read(256), os.fstat(file.fileno()).st_size
+    found = _HEADER.match(head)
     if found is None:
         raise DatasetError(
             f"{path}: expected int64 [N, 2], keys and labels; found a file that begins with {head[:80]!r}; "
@@ -58,5 +58,10 @@ def read_labels(rec_path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: expected {count} keys and labels from byte {start}, {start + 16 * count} bytes in all, "
             f"found {size_bytes} bytes; copy it again"
         )
-    table_N2 = np.fromfile(path, "<i8", offset=start).reshape(count, 2)
+    if at_most is not None and count > at_most:
+        raise DatasetError(
+            f"{path}: expected the labels of at most {at_most} records, found {count}; copy it again"
+        )
+    file.seek(start)
+    table_N2 = np.fromfile(file, "<i8", 2 * count).reshape(count, 2)
     return table_N2[:, 0].copy(), table_N2[:, 1].copy()

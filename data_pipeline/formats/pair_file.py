@@ -7,7 +7,6 @@ accepts only plain data; then the counts and types of the content are checked.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.common.atomic_write import private_file
+from data_pipeline.common.data_file import read_data_file
 from data_pipeline.formats.safe_pickle import Array, PickleError, kind_of, load
 
 # Every Python 3 reads protocol 4; from protocol 3 on, pickles store bytes without an encoding.
 _PROTOCOL = 4
+# The published sets have less than half a gigabyte. Reading takes a small multiple of the size in memory.
+_MOST_BYTES = 1 << 31
 
 
 class VerificationFileError(ValueError):
@@ -44,10 +47,16 @@ def read_pairs(path: Path) -> PairSet:
     Raises VerificationFileError, which names the file, the expected and the found content, if the file is
     missing or damaged, if it needs more than bytes and uint8 arrays, or if the counts differ.
     """
-    if not path.is_file():
-        raise VerificationFileError(f"{path}: expected a verification file, found none; correct its path")
     try:
-        content = load(path.read_bytes())
+        content = load(read_data_file(path, _MOST_BYTES))
+    except (FileNotFoundError, IsADirectoryError):
+        raise VerificationFileError(
+            f"{path}: expected a verification file, found none; correct its path"
+        ) from None
+    except OSError as error:
+        raise VerificationFileError(
+            f"{path}: expected a verification file, found: {error.strerror}"
+        ) from error
     except PickleError as error:
         raise VerificationFileError(
             f"{path}: expected a pickle of two lists, encoded images (bytes or uint8 arrays) and booleans; "
@@ -65,15 +74,8 @@ def write_pairs(path: Path, images: Sequence[bytes], issame: Sequence[bool]) -> 
     Raises VerificationFileError if the counts differ, an image is not bytes, or an `issame` is not a boolean.
     """
     pairs = _checked(images, issame, path)
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, "wb") as file:
-            pickle.dump((pairs.images, pairs.issame_P.tolist()), file, protocol=_PROTOCOL)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with private_file(path) as partial, open(partial, "wb") as file:
+        pickle.dump((pairs.images, pairs.issame_P.tolist()), file, protocol=_PROTOCOL)
 
 
 def _checked(images: Sequence[object], issame: Sequence[object], path: Path) -> PairSet:

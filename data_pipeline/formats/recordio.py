@@ -23,6 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from data_pipeline.common import tables
+from data_pipeline.common.atomic_write import close_if_possible, private_file
 from data_pipeline.formats.container import RecordError
 
 MAGIC = 0xCED7230A
@@ -153,18 +154,25 @@ def pack(labels: float | tuple[float, ...], key: int, image: bytes) -> bytes:
 
 def unpack(payload: bytes, where: str) -> ImageRecord:
     """Split a payload into labels, key and image. Raises RecordError if it is too short for its header."""
+    begin = image_begin(payload, where)
+    flag, label, key, _ = IMAGE_HEADER.unpack_from(payload)
+    labels = (label,) if flag == 0 else tuple(np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size).tolist())
+    return ImageRecord(labels, key, payload[begin:])
+
+
+def image_begin(payload: bytes, where: str) -> int:
+    """Return the offset of the image in a payload. Raises RecordError if it is too short for its header."""
     if len(payload) < IMAGE_HEADER.size:
         raise RecordError(
             f"{where}: an image record has a {IMAGE_HEADER.size}-byte header, this one {len(payload)} bytes"
         )
-    flag, label, key, _ = IMAGE_HEADER.unpack_from(payload)
-    start = IMAGE_HEADER.size + 4 * flag
-    if start > len(payload):
+    flag, *_ = IMAGE_HEADER.unpack_from(payload)
+    begin = IMAGE_HEADER.size + 4 * flag
+    if begin > len(payload):
         raise RecordError(
             f"{where}: the header announces {flag} labels, but the record has only {len(payload)} bytes"
         )
-    labels = (label,) if flag == 0 else tuple(np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size).tolist())
-    return ImageRecord(labels, key, payload[start:])
+    return begin
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -189,10 +197,14 @@ class RecordWriter:
     """
 
     def __init__(self, rec_path: Path) -> None:
-        self._finals = (rec_path, rec_path.with_suffix(".idx"))
-        self._partials = tuple(path.with_name(path.name + ".part") for path in self._finals)
-        self._rec = open(self._partials[0], "wb")
-        self._idx = open(self._partials[1], "w", encoding="ascii")
+        with contextlib.ExitStack() as stack:
+            idx = stack.enter_context(private_file(rec_path.with_suffix(".idx")))
+            rec = stack.enter_context(private_file(rec_path))
+            self._rec, self._idx = open(rec, "wb"), open(idx, "w", encoding="ascii")
+            for file in (self._rec, self._idx):
+                stack.callback(close_if_possible, file)
+            # Closes both files; then names them, or removes them after an exception.
+            self._files = stack.pop_all()
 
     def write(self, key: int, payload: bytes) -> None:
         """Append one record under `key`."""
@@ -205,17 +217,11 @@ class RecordWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                for file in (self._rec, self._idx):
-                    file.flush()
-                    os.fsync(file.fileno())
-                for partial, final in zip(self._partials, self._finals, strict=True):
-                    os.replace(partial, final)
-        finally:
-            for written in (self._rec, self._idx):
-                # After an error for a full disk, `close` writes the buffer once more and fails again.
-                with contextlib.suppress(OSError):
-                    written.close()
-            for partial in self._partials:
-                partial.unlink(missing_ok=True)
+        if kind is not None:
+            self._files.__exit__(kind, error, trace)
+            return
+        with self._files:
+            # Both files are on the disk before either of them gets its name.
+            for file in (self._rec, self._idx):
+                file.flush()
+                os.fsync(file.fileno())

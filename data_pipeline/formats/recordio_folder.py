@@ -20,6 +20,7 @@ from data_pipeline.formats import recordio
 from data_pipeline.formats.container import (
     FILE,
     LABEL,
+    LARGEST_LABEL,
     LENGTH,
     LONGEST,
     DatasetError,
@@ -77,10 +78,11 @@ def image_of(span: bytes, where: str, offset: int) -> np.ndarray:
         is_filled = FRAME_HEADER.size + (length + 3 & ~3) == len(span)
         if magic == MAGIC and word >> 29 == WHOLE and is_filled and count > 0:
             return np.frombuffer(span, np.uint8, count, begin)
-    image = recordio.unpack(recordio.join_frames(span, where, offset), where).image
-    if not image:
+    payload = recordio.join_frames(span, where, offset)
+    begin = recordio.image_begin(payload, where)
+    if begin == len(payload):
         raise RecordError(f"{where}: expected an image, found a record without one")
-    return np.frombuffer(image, np.uint8)
+    return np.frombuffer(payload, np.uint8, offset=begin)
 
 
 def _read_file(rec_path: Path, file: int, names: set[str], progress: Progress) -> Records:
@@ -196,7 +198,8 @@ def _labels(rec_path: Path, found: Scan, names: set[str]) -> np.ndarray:
     tsv_path = rec_path.with_suffix(".tsv")
     if rec_path.with_suffix(LABELS_SUFFIX).name in names:
         source = rec_path.with_suffix(LABELS_SUFFIX)
-        key_T, label_T = read_labels(rec_path)
+        # Each record takes a frame header or more.
+        key_T, label_T = read_labels(rec_path, at_most=found.end // FRAME_HEADER.size)
     elif tsv_path.name in names:
         source = tsv_path
         try:
@@ -227,19 +230,20 @@ def _whole_labels(rec_path: Path, found: Scan) -> np.ndarray:
 
 
 def _look_up(source: Path, key_T: np.ndarray, label_T: np.ndarray, found: Scan) -> np.ndarray:
-    """Return the label of every record by its key. Raises DatasetError if one is missing or negative."""
+    """Return the label of every record by its key. Raises DatasetError if one is missing or no class."""
     if not (key_T[1:] > key_T[:-1]).all():
         order = np.argsort(key_T, kind="stable")
         key_T, label_T = key_T[order], label_T[order]
     at_R = np.minimum(np.searchsorted(key_T, found.key_R), len(key_T) - 1) if len(key_T) else None
     is_known_R = np.zeros(len(found.key_R), bool) if at_R is None else key_T[at_R] == found.key_R
     label_R = np.where(is_known_R, 0 if at_R is None else label_T[at_R], 0).astype(LABEL)
-    wrong_R = (~is_known_R & ~found.damaged_R) | (label_R < 0)
+    wrong_R = (~is_known_R & ~found.damaged_R) | (label_R < 0) | (label_R > LARGEST_LABEL)
     if wrong_R.any():
         i = int(np.argmax(wrong_R))
         what = f"label {label_R[i]}" if is_known_R[i] else "no label"
         raise DatasetError(
-            f"{source}: {what} for key {found.key_R[i]}, expected a class of every image "
-            f"({int(wrong_R.sum())} such records); copy it again from the source of the .rec file"
+            f"{source}: {what} for key {found.key_R[i]}, expected a class of every image, 0 to "
+            f"{LARGEST_LABEL} ({int(wrong_R.sum())} such records); copy it again from the source of the .rec "
+            "file"
         )
     return label_R

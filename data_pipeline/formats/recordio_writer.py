@@ -14,7 +14,6 @@ no other records. In both, `train.rec` holds the records, `train.idx` their offs
 from __future__ import annotations
 
 import math
-import os
 from array import array
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,8 @@ from typing import Self
 
 import numpy as np
 
-from data_pipeline.common.atomic_write import write_through
+from data_pipeline.common.atomic_write import private_file, write_through
+from data_pipeline.formats.container import LARGEST_LABEL
 from data_pipeline.formats.int64_labels import write_labels
 from data_pipeline.formats.recordio import FLOAT32_EXACT, RecordWriter, pack
 
@@ -48,15 +48,9 @@ class _DatasetWriter:
         if kind is not None:
             self._records.__exit__(kind, error, trace)
             return
-        path = self._folder / "property"
-        partial = path.with_name(f"{path.name}.part")
-        try:
-            with self._records:
-                classes, height, width = self._complete()
-                write_through(partial, f"{classes},{height},{width}\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with private_file(self._folder / "property") as partial, self._records:
+            classes, height, width = self._complete()
+            write_through(partial, f"{classes},{height},{width}\n")
 
     def _complete(self) -> tuple[int, int, int]:
         """Write the last records and files; return classes, height and width for `property`."""
@@ -125,10 +119,10 @@ class FlatWriter(_DatasetWriter):
         self._labels = array("q")
 
     def add(self, image: bytes, label: int) -> None:
-        """Append an encoded image. Raises ValueError if it is empty, or its label not in [0, 2^63)."""
-        if not image or not 0 <= label < 1 << 63:
+        """Append an encoded image. Raises ValueError if it is empty, or its label not in [0, 2^63 - 2]."""
+        if not image or not 0 <= label <= LARGEST_LABEL:
             raise ValueError(
-                f"image {len(self._labels)}: expected an image and a label from 0 to 2^63 - 1, "
+                f"image {len(self._labels)}: expected an image and a label from 0 to {LARGEST_LABEL}, "
                 f"found {len(image)} bytes and label {label}"
             )
         # float32 does not hold larger labels. No reader accepts NaN as a class; the sidecar has all labels.

@@ -25,7 +25,8 @@ from zlib import adler32 as _adler
 
 import numpy as np
 
-from data_pipeline.formats.container import DatasetError
+from data_pipeline.common.data_file import open_data_file
+from data_pipeline.formats.container import LARGEST_LABEL, DatasetError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -52,8 +53,8 @@ _META = re.compile(rb"__[^/]*__($|/)")
 _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
 # Limits for the lengths that a damaged or hostile file claims for names and labels.
 _LONGEST_HEADER = 1 << 20
+_LONGEST_NAME = 4096  # of a path in Linux; a pax header can set one name for all members that follow
 _LONGEST_LABEL = {"cls": 64, "json": 1 << 20}
-LARGEST_LABEL = (1 << 63) - 1
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -85,13 +86,15 @@ def index_shard(path: Path) -> ShardIndex:
     no label, several of either, or a label that is not an integer.
     """
     try:
-        with open(path, "rb") as file:
+        with open_data_file(path) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ShardError(f"{path}: expected a tar, found an empty file; copy it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _index(data, str(path))
     except FileNotFoundError:
         raise ShardError(f"{path}: expected a tar shard, found no such file; correct its path") from None
+    except OSError as error:
+        raise ShardError(f"{path}: expected a tar shard, found: {error.strerror}") from error
 
 
 def _index(data: mmap.mmap, where: str) -> ShardIndex:
@@ -129,7 +132,8 @@ def _close_sample(
         text = data[start : start + min(length, _LONGEST_LABEL[kind] + 1)]
         label = label_of_cls(text) if kind == "cls" else label_of_json(text)
         if label is None or len(text) > _LONGEST_LABEL[kind] or not 0 <= label <= LARGEST_LABEL:
-            wanted = "an integer from 0" + (" under 'label' or 'cls'" if kind == "json" else "")
+            wanted = f"an integer from 0 to {LARGEST_LABEL}"
+            wanted += " under 'label' or 'cls'" if kind == "json" else ""
             raise ShardError(
                 f"{where}: sample {_text(key)} has the label {_text(text)} at byte {start}, "
                 f"expected {wanted}; write it again"
@@ -218,7 +222,13 @@ def _extended_fields(data: mmap.mmap, kind: bytes, start: int, length: int, wher
     text = data[start : start + length]
     if kind == _LONG_LINK:
         return {}
-    return {b"path": text.partition(b"\0")[0]} if kind == _LONG_NAME else _pax_records(text, where, start)
+    found = {b"path": text.partition(b"\0")[0]} if kind == _LONG_NAME else _pax_records(text, where, start)
+    if len(found.get(b"path", b"")) > _LONGEST_NAME:
+        raise ShardError(
+            f"{where}: a name of {len(found[b'path'])} bytes at byte {start}, expected at most "
+            f"{_LONGEST_NAME}; the file is damaged, copy it again"
+        )
+    return found
 
 
 def _fits(head: bytes, checksum: bytes) -> bool:

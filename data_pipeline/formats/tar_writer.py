@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tarfile
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from data_pipeline.formats.tar_index import BLOCK, LARGEST_LABEL
+from data_pipeline.common.atomic_write import close_if_possible, private_file
+from data_pipeline.formats.container import LARGEST_LABEL
+from data_pipeline.formats.tar_index import BLOCK
 
 _SIGNATURES = {"png": re.compile(rb"\x89PNG\r\n\x1a\n"), "webp": re.compile(rb"RIFF....WEBP", re.DOTALL)}
 # Two blocks of zeros end a tar.
@@ -22,7 +23,7 @@ def sample(number: int, image: bytes, label: int) -> bytes:
 
     A shard consists of samples and END. The members hold neither a time nor a user.
 
-    Raises ValueError for an empty image or a label that is not in [0, 2^63).
+    Raises ValueError for an empty image or a label that is not in [0, 2^63 - 2].
     """
     if not image or not 0 <= label <= LARGEST_LABEL:
         raise ValueError(
@@ -59,11 +60,13 @@ class ShardWriter:
         self._shard, self._sample = first_shard, first_sample
         self._held = 0
         self._file: IO[bytes] | None = None
+        # Closes the open shard; then names it, or removes it after an exception.
+        self._open = contextlib.ExitStack()
 
     def add(self, image: bytes, label: int) -> None:
         """Append an encoded image and its label.
 
-        Raises ValueError for an empty image or a label that is not in [0, 2^63).
+        Raises ValueError for an empty image or a label that is not in [0, 2^63 - 2].
         """
         members = sample(self._sample, image, label)
         if self._file is not None and (
@@ -71,7 +74,9 @@ class ShardWriter:
         ):
             self._finish()
         if self._file is None:
-            self._file, self._held = open(self._partial, "wb"), 0
+            path = self._open.enter_context(private_file(self._folder / shard_name(self._shard)))
+            self._file, self._held = open(path, "wb"), 0
+            self._open.callback(close_if_possible, self._file)
         self._file.write(members)
         self._held += 1
         self._sample += 1
@@ -82,34 +87,19 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None:
-            return
-        try:
-            if kind is None:
+        if kind is not None:
+            self._open.__exit__(kind, error, trace)
+        elif self._file is not None:
+            with self._open:
                 self._finish()
-        finally:
-            self._discard()
-
-    @property
-    def _partial(self) -> Path:
-        return self._folder / f"{shard_name(self._shard)}.part"
 
     def _finish(self) -> None:
         assert self._file is not None
         self._file.write(END)
         self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._folder / shard_name(self._shard))
+        self._open.close()
         self._file = None
         self._shard += 1
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            # After an error for a full disk, `close` writes the buffer once more and fails again.
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._partial.unlink(missing_ok=True)
 
 
 def shard_name(number: int) -> str:

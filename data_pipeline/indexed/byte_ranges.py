@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.common.data_file import data_file_handle
 from data_pipeline.formats.container import DatasetError, FileTable
 
 # A process may usually have 1024 files open. Files beyond this number are opened for each range.
@@ -66,7 +67,7 @@ class ByteRanges:
         table, within = self._place(file)
         files = self._tables[table]
         try:
-            descriptor = os.open(files.path(within), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = data_file_handle(files.path(within))
         except OSError as error:
             raise self._unreadable(file, error) from error
         return _Opened(descriptor, int(files.size_F[within]), int(files.mtime_F[within]))

@@ -18,12 +18,14 @@ import signal
 import tarfile
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, NamedTuple
 
 import aiohttp
 import fsspec
 from fsspec.asyn import get_loop
+
+from data_pipeline.common.redaction import redacted
 
 _Chunks = AsyncGenerator[tuple[int, bytes], None]
 
@@ -31,8 +33,21 @@ _ZEROS = bytes(tarfile.BLOCKSIZE)
 _CHUNK_BYTES = 1 << 20
 # Every range from an object store costs one request.
 _RANGE_BYTES = 8 << 20
+# tar fills its last record, of some kB, with zeros; some tape formats have records of several MB.
+_LONGEST_PADDING = 64 << 20
 _LONGEST_PAUSE_S = 60.0
 _KILLED_S = 1.0
+# Runs the command $1. A guard beside it kills the process group when standard input ends, which it does even
+# if this process is killed or exits without cleaning up.
+_GUARDED = """
+exec 3<&0
+{ read -r _; kill -KILL 0; } <&3 3<&- >&- 2>&- &
+exec 3<&- </dev/null
+/bin/sh -c "$1"
+status=$?
+{ kill -KILL $!; wait $!; } 2>/dev/null
+exit $status
+"""
 
 
 class RemoteError(ValueError):
@@ -68,19 +83,24 @@ def require_reader(url: str) -> None:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         how = "pip install 'lgaf[s3]'" if protocol in ("s3", "s3a") else error
-        raise ValueError(f"{url}: a package that reads {protocol}:// is not installed: {how}") from error
+        raise ValueError(
+            f"{redacted(url)}: a package that reads {protocol}:// is not installed: {how}"
+        ) from error
     except ValueError as error:
         raise ValueError(
-            f"{url}: expected pipe:, http://, https://, a local path or a protocol of fsspec, "
+            f"{redacted(url)}: expected pipe:, http://, https://, a local path or a protocol of fsspec, "
             f"found {protocol}://; correct it"
         ) from error
 
 
 class Stream:
-    """File-like object for webdataset with the bytes of one shard; it reconnects after failures."""
+    """File-like object for webdataset with the bytes of one shard; it reconnects after failures.
+
+    `name` is the URL without credentials, for messages.
+    """
 
     def __init__(self, url: str, patience: Patience, waits: Waits) -> None:
-        self.url, self._patience, self._waits = url, patience, waits
+        self._url, self.name, self._patience, self._waits = url, redacted(url), patience, waits
         self._chunks: _Chunks | None = None
         self._received = self._connection_at = 0
         self._buffer, self._used = b"", 0
@@ -111,14 +131,20 @@ class Stream:
         """
         if self._last_block != _ZEROS:
             raise RemoteError(
-                f"{self.url}: expected an uncompressed tar archive up to its closing blocks of zeros, found "
+                f"{self.name}: expected an uncompressed tar archive up to its closing blocks of zeros, found "
                 f"{'its end' if self._is_over else 'no header'} at byte {self.at}: "
                 "it is truncated, damaged or compressed; copy it to the server again"
             )
+        end = self.at
         while block := self.read():
+            if self.at - end > _LONGEST_PADDING:
+                raise RemoteError(
+                    f"{self.name}: expected at most {_LONGEST_PADDING} zeros after the end of the archive, "
+                    "found more; write the shard again"
+                )
             if block.strip(b"\0"):
                 raise RemoteError(
-                    f"{self.url}: expected nothing after the end of the archive, found more at byte "
+                    f"{self.name}: expected nothing after the end of the archive, found more at byte "
                     f"{self.at - len(block)}; do not concatenate archives, write one archive per shard"
                 )
 
@@ -134,18 +160,19 @@ class Stream:
             try:
                 return self._new_bytes()
             except (_FinalError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-                raise RemoteError(f"{self.url}: cannot be read: {error}") from error
+                found = redacted(str(error), self._url)
+                raise RemoteError(f"{self.name}: cannot be read: {found}") from error
             # fsspec does not document the exceptions of its filesystems on network failures.
             except Exception as error:
                 reason = error
             if attempt < self._patience.attempts:
                 pause_s = min(self._patience.backoff_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
                 self._waits.wait(asyncio.sleep(pause_s))
-        found = str(reason) or type(reason).__name__
+        found = redacted(str(reason), self._url) or type(reason).__name__
         if isinstance(reason, TimeoutError):
             found = f"no data for {self._patience.timeout_s:g} s"
         raise RemoteError(
-            f"{self.url}: expected more bytes, found none beyond byte {self._received} in "
+            f"{self.name}: expected more bytes, found none beyond byte {self._received} in "
             f"{self._patience.attempts} attempts; the last attempt failed with: {found}; "
             "check the server and the network, then resume"
         ) from reason
@@ -153,7 +180,7 @@ class Stream:
     def _new_bytes(self) -> bytes:
         while not self._is_over:
             if self._chunks is None:
-                self._chunks = _chunks(self.url, self._received, self._patience.timeout_s)
+                self._chunks = _chunks(self._url, self._received, self._patience.timeout_s)
             try:
                 start, chunk = self._waits.wait(_next(self._chunks))
             except Exception:
@@ -198,10 +225,10 @@ def _chunks(url: str, start: int, timeout_s: float) -> _Chunks:
 
 
 async def _from_command(command: str, timeout_s: float) -> _Chunks:
-    with tempfile.TemporaryFile() as errors:
-        process = await asyncio.create_subprocess_shell(
-            command,
-            stdin=asyncio.subprocess.DEVNULL,
+    with tempfile.TemporaryFile() as errors, _lifeline() as lifeline:
+        process = await asyncio.create_subprocess_exec(
+            *("/bin/sh", "-c", _GUARDED, "sh", command),
+            stdin=lifeline,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
             limit=_CHUNK_BYTES,
@@ -227,6 +254,17 @@ async def _from_command(command: str, timeout_s: float) -> _Chunks:
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
             output = errors.read().decode(errors="replace").strip()
             raise OSError(f"status {status} of the command{f', with the output: {output}' if output else ''}")
+
+
+@contextlib.contextmanager
+def _lifeline() -> Iterator[int]:
+    """Open a pipe to which nothing is written and return its reading end; it ends with this process."""
+    ends = os.pipe()
+    try:
+        yield ends[0]
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 async def _from_http(url: str, start: int, timeout_s: float) -> _Chunks:

@@ -217,7 +217,7 @@ def test_a_folder_of_images_may_have_more_files_than_a_process_may_open(people, 
 def test_an_empty_image_is_a_damaged_record(people):
     (people / "s2" / "9.jpg").write_bytes(b"")
     catalog = open_catalog(people)
-    assert catalog.damaged_D.tolist() == [1]
+    assert catalog.damaged_K.tolist() == [1]
     with pytest.raises(
         RecordError, match=r"s2/9.jpg: key 1 at byte 0: expected an image, found an empty file"
     ):
@@ -270,7 +270,7 @@ def damaged(catalog):
             assert len(catalog.image(record))
         except RecordError as error:
             raised[record] = str(error)
-    assert list(raised) == catalog.damaged_D.tolist()
+    assert list(raised) == catalog.damaged_K.tolist()
     return raised
 
 
@@ -339,8 +339,8 @@ def many(folder, write_records, images, broken):
 
 
 def test_a_heap_of_damage_is_refused_with_its_first_ten(tmp_path, write_records):
-    assert len(open_catalog(many(tmp_path / "ten", write_records, 100, 10)).damaged_D) == 10
-    assert len(open_catalog(many(tmp_path / "share", write_records, 2000, 20)).damaged_D) == 20
+    assert len(open_catalog(many(tmp_path / "ten", write_records, 100, 10)).damaged_K) == 10
+    assert len(open_catalog(many(tmp_path / "share", write_records, 2000, 20)).damaged_K) == 20
     for images, broken in ((100, 11), (2000, 21)):
         folder = many(tmp_path / f"{images}", write_records, images, broken)
         with pytest.raises(
@@ -422,7 +422,7 @@ class Lines:
                 [[line[0] - 48 for line in files.path(i).open("rb")] for i in range(len(files))]
             ),
             key_N=np.arange(len(length_N)),
-            damaged_D=np.empty(0, np.int64),
+            damaged_K=np.empty(0, np.int64),
         )
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.common.data_file import lines_of
 from trainer.evaluation.protocol import ProtocolFileError
 
+_MOST_LINE_CHARS = 1 << 16
 Columns = list[tuple[str, str] | tuple[str, str, tuple[int, ...]]]
 
 
@@ -22,10 +24,16 @@ def read_table(path: Path, columns: Columns, *, delimiter: str | None = None, he
     dtype = np.dtype(columns)
     size = sum(int(np.prod(dtype[name].shape)) for name in dtype.names or ())
     try:
-        with open(path, encoding="latin-1") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # for an empty file, which is reported below
             table = np.loadtxt(
-                file, dtype, delimiter=delimiter, skiprows=header, usecols=range(size), ndmin=1, comments=None
+                lines_of(path, _MOST_LINE_CHARS),
+                dtype,
+                delimiter=delimiter,
+                skiprows=header,
+                usecols=range(size),
+                ndmin=1,
+                comments=None,
             )
     except OSError as error:
         raise missing(path, error) from error
@@ -65,13 +73,12 @@ def _bad_line(path: Path, dtype: np.dtype, delimiter: str | None, header: int, w
     """Return the error of the first invalid line; NumPy's own line numbers in `why` skip some lines."""
     shapes = [(dtype[name].base.type, int(np.prod(dtype[name].shape))) for name in dtype.names or ()]
     kinds = [kind for kind, count in shapes for _ in range(count)]
-    with open(path, encoding="latin-1") as file:
-        for number, line in enumerate(file, 1):
-            if number > header and line.strip() and not _fits(line.split(delimiter), kinds):
-                return ProtocolFileError(
-                    f"{path}, line {number}: expected {_fields(dtype)}, found {line.strip()[:80]!r}; "
-                    "copy the file again"
-                )
+    for number, line in enumerate(lines_of(path, _MOST_LINE_CHARS), 1):
+        if number > header and line.strip() and not _fits(line.split(delimiter), kinds):
+            return ProtocolFileError(
+                f"{path}, line {number}: expected {_fields(dtype)}, found {line.strip()[:80]!r}; "
+                "copy the file again"
+            )
     return ProtocolFileError(f"{path}: expected lines of {_fields(dtype)}, found: {why}; copy the file again")
 
 

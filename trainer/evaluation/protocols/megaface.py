@@ -15,11 +15,12 @@ Shapes: N faces, D dimensions, P probes, M ordered pairs of two probes of one pe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.common import bounded_json
+from data_pipeline.common.data_file import read_data_file
 from trainer.evaluation.metrics.identification import Search, cmc, mates
 from trainer.evaluation.metrics.similarity import gallery_similarity, pair_similarity, unit_rows
 from trainer.evaluation.metrics.verification import roc, tar_at_far
@@ -31,6 +32,8 @@ FAR = 1e-6
 # The end of the ROC: of billions of impostor pairs only the most similar ones are kept.
 _LARGEST_FAR = 1e-4
 _CURVE = 100
+# The official list of a million distractors has 50 MB.
+_MOST_BYTES = 1 << 28
 
 
 class MegaFace(EvaluationProtocol):
@@ -137,8 +140,7 @@ def _read_distractors(lists: Path, noise: set[str]) -> dict[int, np.ndarray]:
 
 def _read_list(path: Path, key: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)[key]
+        found = bounded_json.read(path, _MOST_BYTES)[key]
     except OSError as error:
         raise missing(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -146,13 +148,16 @@ def _read_list(path: Path, key: str) -> list[str]:
             f'{path}: expected JSON with a list "{key}", found none ({error}); copy the file again'
         ) from error
     if not (isinstance(found, list) and found and all(isinstance(name, str) for name in found)):
-        raise ProtocolFileError(f'{path}: expected file names in "{key}", found {str(found)[:80]}')
+        raise ProtocolFileError(f'{path}: expected file names in "{key}", found {type(found).__name__}')
     return found
 
 
 def _read_noises(path: Path) -> set[str]:
     """Read the names in a noise list, if it exists: the last field of each line without # at its start."""
-    if not path.exists():
+    try:
+        lines = read_data_file(path, _MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
+    except FileNotFoundError:
         return set()
-    lines = path.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise missing(path, error) from error
     return {line.strip().rpartition("\t")[2] for line in lines if line.strip() and not line.startswith("#")}
