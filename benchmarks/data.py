@@ -23,7 +23,6 @@ growth of the process's anonymous memory (RssAnon) from after the imports to the
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -42,6 +41,7 @@ from PIL import Image
 
 from benchmarks.head import cpu_name, kib, output_of, synchronize
 from data_pipeline.batch import RankSlice
+from data_pipeline.common.pillow_decode import decoded
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.formats import recordio
 from data_pipeline.indexed.catalog import open_catalog
@@ -184,7 +184,7 @@ class RecordDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self._record(self._keys[i])
-        image = Image.open(io.BytesIO(record.image)).convert("RGB")
+        image = decoded(np.frombuffer(record.image, np.uint8), "").convert("RGB")
         if self._dice.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels_CHW = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
 
+from data_pipeline.common.image_header import SIDES_PX
+from data_pipeline.common.redaction import redacted
 from data_pipeline.shuffle import Blocks
 
 
@@ -141,6 +143,12 @@ class DataConfig(BaseModel):
     shards_window: int = Field(
         2048, ge=1, description="size of a streamed shard's shuffle buffer, in samples, held in memory"
     )
+    max_sample_mb: int = Field(
+        64,
+        ge=1,
+        description="largest size of a streamed sample, all of its files together, MiB; a larger one ends "
+        "the run, because up to three times shards_window samples are held in memory",
+    )
     catalog_dir: Path | None = Field(
         None,
         description="folder for the catalogs, which list the position of every image; by default a hidden "
@@ -172,6 +180,12 @@ class DataConfig(BaseModel):
         description="tolerated share of a rank's samples with bad records; ten are always tolerated; bad "
         "records are replaced and listed in quarantine.jsonl",
     )
+    max_image_side: int = Field(
+        SIDES_PX[1],
+        ge=SIDES_PX[0],
+        description="largest accepted width and height of an image, pixels; the header of a larger one is "
+        "read, and it counts as a bad record",
+    )
     hw_decoder_load: float = Field(
         1.0,
         ge=0,
@@ -180,6 +194,11 @@ class DataConfig(BaseModel):
         "decode the rest; between 0 and 1 an image's last bits may depend on its place in the batch",
     )
     augment: AugmentConfig = Field(AugmentConfig(), description="augmentation of the training samples")
+
+    @field_serializer("shards", when_used="json")
+    def _without_credentials(self, shards: list[str]) -> list[str]:
+        # Checkpoints and reports are often readable by others; a resumed run has its own configuration.
+        return [*map(redacted, shards)]
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:

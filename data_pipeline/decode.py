@@ -2,7 +2,8 @@
 
 This is the only module that imports nvidia.dali. The same graph decodes on the CPU (`device_id=None`) and, in
 DALI's mixed mode, on a GPU. The decoder calls `source(i)` for micro-batch i = 0, 1, 2..., a few ahead of the
-one that is being read.
+one that is being read. An image reaches DALI only if its header is accepted: DALI would allocate any size,
+and some of its readers of other formats crash on damaged files.
 
 The graph draws no random numbers: every sample brings its augmentation parameters. An augmentation that is
 switched off is not in the graph; a sample that does not get an augmentation bypasses its operators.
@@ -10,6 +11,7 @@ switched off is not in the graph; a sample that does not get an augmentation byp
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -21,10 +23,15 @@ from nvidia.dali.pipeline import do_not_convert
 
 from data_pipeline import augment
 from data_pipeline.augment import Augmentation
-from data_pipeline.common.pillow_decode import SIDES_PX, DecodeError, decoded, wrong_size
+from data_pipeline.common.image_header import SIDES_PX, refusal
+from data_pipeline.common.pillow_decode import DecodeError, decoded
 from data_pipeline.config import AugmentConfig
 
 EncodedBatch = tuple[list[np.ndarray], Augmentation]
+# Decoded in place of a refused image: a black bitmap of 16x16 pixels.
+_PLACEHOLDER = np.frombuffer(
+    struct.pack("<2sIIIIiiHH24x", b"BM", 54 + 16 * 48, 0, 54, 40, 16, 16, 1, 24) + bytes(16 * 48), np.uint8
+)
 
 
 class UndecodableError(DecodeError):
@@ -55,7 +62,7 @@ def _graph(
     normal = fn.crop_mirror_normalize(
         images, mirror=mirror, mean=[127.5] * 3, std=[127.5] * 3, dtype=types.FLOAT, output_layout="CHW"
     )
-    return normal, shape
+    return normal
 
 
 @do_not_convert
@@ -110,7 +117,7 @@ class Decoder:
     a batch may be smaller than `batch_size`. Any other exception from `source` ends the iteration, up to
     `prefetch_batches` early. `name_of(i, row)` returns the name of an image for error messages. `changes` is
     the configuration from which the augmentation is drawn. `hw_decoder_load` is the share of the images that
-    a GPU's JPEG hardware decodes.
+    a GPU's JPEG hardware decodes. An image with a side above `max_side` pixels counts as undecodable.
     """
 
     def __init__(
@@ -125,8 +132,10 @@ class Decoder:
         device_id: int | None,
         changes: AugmentConfig,
         hw_decoder_load: float = 1.0,
+        max_side: int = SIDES_PX[1],
     ) -> None:
-        self._source, self._name_of = source, name_of
+        self._source, self._name_of, self._max_side = source, name_of, max_side
+        self._refused: dict[int, dict[int, str]] = {}  # reasons by row, of the micro-batches in decoding
         self._source_error: Exception | None = None
         self._next = 0
         self._device_id = device_id
@@ -148,25 +157,27 @@ class Decoder:
         # DALI runs on torch's stream and so reuses a GPU buffer only after torch's work on it is done.
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
-            images, shapes = self._pipeline.run(stream)
+            (images,) = self._pipeline.run(stream)
         except RuntimeError as error:
             if error is self._source_error:
                 raise
-            reasons = _reasons(self._source(self._next)[0], self._device_id)
+            encoded, refused = self._checked(self._source(self._next)[0])
+            reasons = refused | _reasons(encoded, self._device_id, self._max_side)
             if not reasons:
                 raise  # every image can be decoded: the error has another cause
             raise self._undecodable(reasons) from error
-        self._refuse_sizes(np.asarray(shapes.as_tensor())[:, :2])
+        refused = self._refused.pop(self._next)
+        if refused:
+            raise self._undecodable(refused)
         self._next += 1
         # No copy is needed: DALI's default executor does not reuse an output that is still referenced.
         return torch.from_dlpack(images.as_tensor())
 
-    def _refuse_sizes(self, side_B2: np.ndarray) -> None:
-        low, high = SIDES_PX
-        if (side_B2 >= low).all() and (side_B2 <= high).all():
-            return
-        wrong = {row: wrong_size(width, height) for row, (height, width) in enumerate(side_B2.tolist())}
-        raise self._undecodable({row: reason for row, reason in wrong.items() if reason is not None})
+    def _checked(self, encoded: list[np.ndarray]) -> tuple[list[np.ndarray], dict[int, str]]:
+        """Replace the images that DALI must not decode; return all images, and the reasons by row."""
+        reason_B = [refusal(image, self._max_side) for image in encoded]
+        refused = {row: reason for row, reason in enumerate(reason_B) if reason is not None}
+        return [_PLACEHOLDER if row in refused else image for row, image in enumerate(encoded)], refused
 
     def _undecodable(self, reasons: dict[int, str]) -> UndecodableError:
         return UndecodableError(self._name_of(self._next, next(iter(reasons))), reasons)
@@ -177,6 +188,7 @@ class Decoder:
         except Exception as error:
             self._source_error = error
             raise
+        encoded, self._refused[i] = self._checked(encoded)
         changes = chain.from_iterable(change.values() for change in augmentation.changes.values())
         return encoded, augmentation.mirror_B, *changes
 
@@ -187,7 +199,7 @@ def _alone(source: Iterator[list[np.ndarray]], device: str) -> Any:
     return fn.decoders.image(encoded, device=device, output_type=types.RGB), fn.peek_image_shape(encoded)
 
 
-def _reasons(encoded: list[np.ndarray], device_id: int | None) -> dict[int, str]:
+def _reasons(encoded: list[np.ndarray], device_id: int | None, max_side: int) -> dict[int, str]:
     """Return the rows that cannot be decoded, with reasons: DALI names the failed operator, not the image."""
     reasons: dict[int, str] = {}
     row = 0
@@ -205,14 +217,14 @@ def _reasons(encoded: list[np.ndarray], device_id: int | None) -> dict[int, str]
                 pipeline.run()
                 row += 1
         except RuntimeError as error:  # a pipeline cannot be used after an error
-            reasons[row] = _reason(encoded[row], error)
+            reasons[row] = _reason(encoded[row], error, max_side)
             row += 1
     return reasons
 
 
-def _reason(encoded: np.ndarray, error: RuntimeError) -> str:
+def _reason(encoded: np.ndarray, error: RuntimeError, max_side: int) -> str:
     try:
-        decoded(encoded, "")
+        decoded(encoded, "", max_side=max_side)
     except DecodeError as found:
         return found.reason
     return str(error).strip().splitlines()[-1]

@@ -84,6 +84,7 @@ class LoaderBase:
             device_id=self._device_id,
             changes=self._config.augment,
             hw_decoder_load=self._config.hw_decoder_load,
+            max_side=self._config.max_image_side,
         )
 
     def _counted(self, i: int) -> EncodedBatch:

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.common.atomic_write import open_to_append
+from data_pipeline.common.terminal import echo
+
 # Number of bad records that is always tolerated: at the start of a run a share of the samples is too coarse.
 ALWAYS_TOLERATED = 10
 
@@ -51,6 +54,7 @@ class Quarantine:
         self._found: dict[int, BadRecord] = {}
         self._seen = 0
         self._known_size = self._known_lines = 0
+        self._is_complete = True
         self._before = set() if path is None else _lines(path)  # before a restart of the run
 
     def __len__(self) -> int:
@@ -66,7 +70,7 @@ class Quarantine:
         size = self._path.stat().st_size if self._path.is_file() else 0
         if size != self._known_size:
             self._known_size, self._known_lines = size, len(_lines(self._path))
-        return self._known_lines
+        return max(self._known_lines, len(self))
 
     def count_seen(self, samples: int) -> None:
         """Count `samples` more samples as requested."""
@@ -79,11 +83,7 @@ class Quarantine:
         self._found[record] = bad
         line = bad.line()
         if self._path is not None and line not in self._before:
-            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(handle, line.encode())
-            finally:
-                os.close(handle)
+            self._append(self._path, line)
         if len(self._found) > max(ALWAYS_TOLERATED, self._max_share * self._seen):
             first = list(self._found.values())[:10]
             raise QuarantineError(
@@ -92,6 +92,19 @@ class Quarantine:
                 "validate` on it, or raise the share. The first ten:\n"
                 + "\n".join(f"  {one}" for one in first)
             )
+
+    def _append(self, path: Path, line: str) -> None:
+        """Append a line to the list. The first failure is shown; none ends the run."""
+        try:
+            handle = open_to_append(path)
+            try:
+                os.write(handle, line.encode())
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if self._is_complete:
+                echo(f"lgaf: {path}: bad records are skipped but not listed: {error}", err=True)
+            self._is_complete = False
 
 
 def substitutes(sample: int, global_batch: int) -> Iterator[int]:

@@ -1,14 +1,24 @@
-"""Decoding of single images with Pillow, outside training."""
+"""Decoding of single images with Pillow, outside training; no other module opens images with Pillow."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# An image with a side outside this range is not a face crop, and a much larger one would fill the memory.
-SIDES_PX = (16, 4096)
+from data_pipeline.common.data_file import read_data_file
+from data_pipeline.common.image_header import (
+    FORMATS,
+    SIDES_PX,
+    UnknownFormatError,
+    image_size,
+    wrong_size,
+)
+
+# An uncompressed image of 4096x4096 pixels with four channels of 16 bits has half of this.
+_MOST_BYTES = 1 << 28
 
 
 class DecodeError(ValueError):
@@ -19,11 +29,37 @@ class DecodeError(ValueError):
         self.name, self.reason = name, reason
 
 
-def decoded(encoded: np.ndarray, name: str) -> Image.Image:
-    """Decode the bytes uint8 [n] of an image. Raises DecodeError with the image's `name`."""
+class TooLargeError(DecodeError):
+    """An image has a side above the limit."""
+
+
+def read_encoded(path: Path) -> np.ndarray:
+    """Return the bytes of an image file, uint8 [n]. Raises DecodeError if it is no regular file, or huge."""
     try:
-        image = Image.open(io.BytesIO(encoded.tobytes()))
+        return np.frombuffer(read_data_file(path, _MOST_BYTES), np.uint8)
+    except OSError as error:
+        raise DecodeError(str(path), error.strerror or str(error)) from error
+
+
+def decoded(
+    encoded: np.ndarray,
+    name: str,
+    *,
+    max_side: int = SIDES_PX[1],
+    other_formats: tuple[str, ...] = (),
+) -> Image.Image:
+    """Decode the bytes uint8 [n] of an image whose sides are at most `max_side` pixels.
+
+    `other_formats` are tried beside the formats of `image_header`, by Pillow's names. Raises DecodeError with
+    the image's `name`; the size is checked before pixels are decoded.
+    """
+    try:
+        _check_header(encoded, name, max_side, is_known=not other_formats)
+        image = Image.open(io.BytesIO(encoded.data), formats=[*FORMATS, *other_formats])
+        _check_size(image.size, name, max_side)  # Pillow's size counts if a file states two
         image.load()
+    except DecodeError:
+        raise
     except UnidentifiedImageError:
         reason = f"no known image format, it begins with {encoded[:8].tobytes()!r}"
     # Pillow does not document all exceptions that its readers raise for damaged files.
@@ -34,14 +70,23 @@ def decoded(encoded: np.ndarray, name: str) -> Image.Image:
     raise DecodeError(name, reason)
 
 
-def wrong_size(width: int, height: int) -> str | None:
-    """Return the reason why an image of this size, in pixels, is refused; None if it is accepted."""
-    low, high = SIDES_PX
-    if low <= min(width, height) and max(width, height) <= high:
-        return None
-    return f"{width}x{height} pixels, expected {low} to {high} a side"
-
-
 def kind(image: Image.Image) -> str:
     """Return format, size and mode, as in "JPEG 112x112 RGB"."""
     return f"{image.format} {image.width}x{image.height} {image.mode}"
+
+
+def _check_header(encoded: np.ndarray, name: str, max_side: int, is_known: bool) -> None:
+    # Opening a WebP image allocates its size in Pillow, so the header is read before.
+    try:
+        size = image_size(encoded)
+    except UnknownFormatError:
+        if is_known:
+            raise
+    else:
+        _check_size(size, name, max_side)
+
+
+def _check_size(size: tuple[int, int], name: str, max_side: int) -> None:
+    reason = wrong_size(*size, low=1, high=max_side)
+    if reason is not None:
+        raise TooLargeError(name, reason)

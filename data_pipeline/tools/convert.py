@@ -8,11 +8,12 @@ renamed at the end; it removes the remains of an interrupted conversion and star
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.common.atomic_write import locked, naming_full_disks, staged
+from data_pipeline.common.atomic_write import locked, naming_full_disks, open_to_append, staged
 from data_pipeline.common.pillow_decode import decoded
 from data_pipeline.formats.container import Progress
 from data_pipeline.formats.recordio_writer import FlatWriter
@@ -43,7 +44,7 @@ def convert(
 def _to_shards(catalog: Catalog, out: Path, samples: int, progress: Progress | None) -> tuple[int, int]:
     with locked(out), naming_full_disks(out):
         there, first = _finished(catalog, out)
-        (out / _UNFINISHED).touch()
+        os.close(open_to_append(out / _UNFINISHED))
         with ShardWriter(out, samples=samples, first_shard=there, first_sample=first) as writer:
             for record in range(first, len(catalog)):
                 writer.add(catalog.image(record).tobytes(), int(catalog.label_N[record]))

@@ -82,7 +82,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 
 def _intact(catalog: Catalog, record_N: np.ndarray) -> list[int]:
     """Return the records that are not damaged."""
-    return record_N[~np.isin(record_N, catalog.damaged_D)].tolist()
+    return record_N[~np.isin(record_N, catalog.damaged_K)].tolist()
 
 
 def _decoded(catalog: Catalog, record: int) -> Image.Image:

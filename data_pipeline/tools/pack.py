@@ -14,7 +14,7 @@ import csv
 import io
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,11 @@ from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline import philox
 from data_pipeline.common.atomic_write import staged
-from data_pipeline.common.process_pool import in_order
-from data_pipeline.formats.container import Progress
+from data_pipeline.common.data_file import lines_of
+from data_pipeline.common.image_header import SIDES_PX
+from data_pipeline.common.pillow_decode import DecodeError, TooLargeError, decoded, read_encoded
+from data_pipeline.common.process_pool import CRASHES, WorkerDiedError, first_crashing, in_order
+from data_pipeline.formats.container import LARGEST_LABEL, Progress
 from data_pipeline.formats.image_folder import listed
 from data_pipeline.formats.pair_file import write_pairs
 from data_pipeline.formats.recordio_writer import FlatWriter, InsightFaceWriter
@@ -37,6 +40,11 @@ Format = Literal["rec", "tar"]
 _PAIR_STREAM = 32
 # About the number of pairs in the published sets (LFW has 6,000 pairs, CFP-FP 7,000).
 _MOST_PAIRS = 6000
+# Formats that are converted, by Pillow's names, beside those that training reads. Their decoders run only in
+# the pool's processes, because the libraries for some of them have crashed on damaged files.
+_CONVERTED = ("TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
+# A longer line is read in parts. The csv module refuses a field of half this length.
+_MOST_LINE_CHARS = 1 << 18
 _AT_ONCE = 16  # number of images that a process encodes per message
 
 
@@ -57,13 +65,14 @@ class PackOptions:
     """The packed form of the images.
 
     `size` is the stored width and height in pixels, `quality` the JPEG quality (1 to 95), `shard_samples` the
-    number of images in a tar shard.
+    number of images in a tar shard. An image with a side above `max_side` pixels is refused.
     """
 
     form: Format = "rec"
     size: int = 112
     quality: int = 95
     shard_samples: int = 10_000
+    max_side: int = SIDES_PX[1]
 
 
 class _Writer(Protocol):
@@ -142,19 +151,29 @@ def _store(
 ) -> tuple[int, int, int]:
     """Write all (file, label); return the numbers of images, of images kept unchanged, and of bytes."""
     done = kept = stored_bytes = 0
+    with writer as opened, contextlib.closing(_jpegs(items, options)) as results:
+        for image, label, is_original in results:
+            opened.add(image, label)
+            done, kept, stored_bytes = done + 1, kept + is_original, stored_bytes + len(image)
+            if progress is not None:
+                progress(done, total)
+    return done, kept, stored_bytes
+
+
+def _jpegs(items: Iterable[tuple[Path, int]], options: PackOptions) -> Generator[tuple[bytes, int, bool]]:
+    """Yield `_encoded` of all (file, label), computed by the process pool."""
     items = iter(items)
     chunks = iter(lambda: list(itertools.islice(items, _AT_ONCE)), [])
-    with (
-        writer as opened,
-        contextlib.closing(in_order(_encoded, ((chunk, options) for chunk in chunks))) as results,
-    ):
-        for result in results:
-            for image, label, is_original in result:
-                opened.add(image, label)
-                done, kept, stored_bytes = done + 1, kept + is_original, stored_bytes + len(image)
-                if progress is not None:
-                    progress(done, total)
-    return done, kept, stored_bytes
+    try:
+        with contextlib.closing(in_order(_encoded, ((chunk, options) for chunk in chunks))) as results:
+            for result in results:
+                yield from result
+    except WorkerDiedError as error:
+        crashing = first_crashing(_encoded, (([item], options) for item in error.arguments[0]))
+        if crashing is None:
+            raise
+        [[(file, _)], _] = crashing
+        raise ValueError(f"{file}: {CRASHES}; remove it from the folder") from error
 
 
 def _encoded(chunk: list[tuple[Path, int]], options: PackOptions) -> list[tuple[bytes, int, bool]]:
@@ -170,8 +189,8 @@ def _rows(listed: Path) -> Iterator[tuple[Path, int]]:
     """Yield file and label of every line of a list."""
     delimiter = "," if listed.suffix.lower() == ".csv" else "\t"
     wanted = "path,label" if delimiter == "," else "path<TAB>label"
-    with open(listed, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        table = csv.reader(file, delimiter=delimiter)
+    with contextlib.closing(lines_of(listed, _MOST_LINE_CHARS, "utf-8", "surrogateescape")) as lines:
+        table = csv.reader(lines, delimiter=delimiter)
         path_at, label_at, width = 0, 1, 2
         try:
             for row in table:
@@ -182,10 +201,10 @@ def _rows(listed: Path) -> Iterator[tuple[Path, int]]:
                     continue
                 label = row[label_at].strip() if len(row) == width else ""
                 is_whole = label.isascii() and label.isdigit() and len(label) < 20
-                if not is_whole or int(label) >= 1 << 63 or not row[path_at]:
+                if not is_whole or int(label) > LARGEST_LABEL or not row[path_at]:
                     raise ValueError(
                         f"{listed}: line {table.line_num} is {delimiter.join(row)[:80]!r}, expected "
-                        f"'{wanted}' with a whole number from 0 as label; correct it"
+                        f"'{wanted}' with a whole number from 0 to {LARGEST_LABEL} as label; correct it"
                     )
                 yield listed.parent / row[path_at], int(label)
         except csv.Error as error:
@@ -198,10 +217,15 @@ def _split(
     """Return the identities to pack, and the files of the held-out identities."""
     names = list(files_by_identity)
     held_out = [files_by_identity[name] for name in names[len(names) - hold_out :]]
-    if hold_out and (hold_out < 2 or hold_out >= len(names) or not any(len(files) > 1 for files in held_out)):
+    if hold_out and not 2 <= hold_out < len(names):
         raise ValueError(
-            f"{folder}: expected to hold out at least 2 of the {len(names)} identities, one of them with "
-            f"2 images, and to keep at least 1, found {hold_out} to hold out; change this number"
+            f"{folder}: expected to hold out 2 to {len(names) - 1} of its {len(names)} identities, found "
+            f"{hold_out}; change this number"
+        )
+    if hold_out and not any(len(files) > 1 for files in held_out):
+        raise ValueError(
+            f"{folder}: expected a genuine pair among the held-out identities, the last {hold_out}, found "
+            "one image of each; hold out more identities, or add images"
         )
     return {name: files_by_identity[name] for name in names[: len(names) - hold_out]}, held_out
 
@@ -212,7 +236,8 @@ def _write_held_out(path: Path, held_out: list[list[Path]], options: PackOptions
         return 0
     image_2P, issame_P = _pairs_of([len(files) for files in held_out])
     files = [file for files in held_out for file in files]
-    encoded = {i: _jpeg(files[i], options)[0] for i in np.unique(image_2P).tolist()}
+    jpegs = _jpegs(((files[i], i) for i in np.unique(image_2P).tolist()), options)
+    encoded = {i: image for image, i, _ in jpegs}
     write_pairs(path, [encoded[i] for i in image_2P.tolist()], issame_P.tolist())
     return len(issame_P)
 
@@ -263,16 +288,18 @@ def _names_table(files_by_identity: dict[str, list[Path]]) -> str:
 def _jpeg(file: Path, options: PackOptions) -> tuple[bytes, bool]:
     """Return the bytes to store for one image file, and True if they are the unchanged file."""
     try:
-        with Image.open(file) as image:
-            # Every image is decoded, so that damage is found now and not in training.
-            image.load()
-            if _is_stored_as_is(image, options.size):
-                return file.read_bytes(), True
-            square = ImageOps.fit(_upright_rgb(image), (options.size, options.size), Image.Resampling.BICUBIC)
+        original = read_encoded(file)
+        # Every image is decoded, so that damage is found now and not in training.
+        image = decoded(original, str(file), max_side=options.max_side, other_formats=_CONVERTED)
+        if _is_stored_as_is(image, options.size):
+            return original.tobytes(), True
+        square = ImageOps.fit(_upright_rgb(image), (options.size, options.size), Image.Resampling.BICUBIC)
     # Pillow does not document all exceptions that its readers raise for damaged files.
     except Exception as error:
+        reason = error.reason if isinstance(error, DecodeError) else error
+        advice = "raise --max-image-side" if isinstance(error, TooLargeError) else "repair it"
         raise ValueError(
-            f"{file}: expected an image, found: {error}; repair it, or remove it from the folder"
+            f"{file}: expected an image, found: {reason}; {advice}, or remove it from the folder"
         ) from error
     encoded = io.BytesIO()
     square.save(encoded, "JPEG", quality=options.quality)

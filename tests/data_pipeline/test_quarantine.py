@@ -30,7 +30,10 @@ def encoded(side, kind="JPEG"):
 
 
 BAD = {
-    "not an image": (b"no image at all", "no known image format, it begins with b'no image'"),
+    "not an image": (
+        b"no image at all",
+        "expected a JPEG, PNG, WebP or BMP image, found one that begins with b'no image'",
+    ),
     "truncated in its tables": (encoded((48, 48))[:400], "Truncated File Read"),
     "truncated in its pixels": (encoded((48, 48))[:-90], "image file is truncated"),
     "without its last two bytes": (encoded((48, 48))[:-2], "image file is truncated"),

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from data_pipeline.common.atomic_write import staged_file
-from data_pipeline.common.pillow_decode import DecodeError, wrong_size
+from data_pipeline.common.image_header import wrong_size
+from data_pipeline.common.pillow_decode import DecodeError
 from data_pipeline.formats.image_folder import listed
 from trainer.backbones import Backbone
 from trainer.backbones.lgaf import LGAF
@@ -45,20 +46,26 @@ def find_files(paths: Iterable[Path]) -> Iterator[Path]:
     """Yield all files under `paths`, in their order; those of a folder in natural order (s2 before s10).
 
     Names that begin with a dot are skipped, except `paths` themselves. Raises FileNotFoundError for a missing
-    path.
+    path, and ValueError for a folder that links make part of a path twice: a link to a parent would repeat
+    its files, and two such links would do so 2^40 times.
     """
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected an image or a folder of images, found no such path")
-        yield from _files_in(path)
+        yield from _files_in(path, {})
 
 
-def _files_in(path: Path) -> Iterator[Path]:
+def _files_in(path: Path, seen: dict[tuple[int, int], Path]) -> Iterator[Path]:
+    """Yield the files under a path; `seen` are the folders so far, by device and inode."""
     if not path.is_dir():
         yield path  # broken links too: each gets a row with its error
         return
+    found = path.stat()
+    first = seen.setdefault((found.st_dev, found.st_ino), path)
+    if first is not path:
+        raise ValueError(f"{path}: expected every folder once, found {first} again; remove this link")
     for inner in listed(path):
-        yield from _files_in(inner)
+        yield from _files_in(inner, seen)
 
 
 def embed(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data_pipeline.common.pillow_decode import DecodeError, decoded
+from data_pipeline.common.pillow_decode import decoded, read_encoded
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,13 +32,9 @@ def open_image(path: Path, encoded: bytes | None = None) -> Image.Image:
 
     Raises DecodeError, naming `path`, if it cannot be decoded.
     """
-    if encoded is None:
-        try:
-            encoded = path.read_bytes()
-        except OSError as error:
-            raise DecodeError(str(path), error.strerror or str(error)) from error
+    encoded_n = read_encoded(path) if encoded is None else np.frombuffer(encoded, np.uint8)
     # DALI (for training) and OpenCV (for landmarks) apply the EXIF orientation too.
-    return ImageOps.exif_transpose(decoded(np.frombuffer(encoded, np.uint8), str(path))).convert("RGB")
+    return ImageOps.exif_transpose(decoded(encoded_n, str(path))).convert("RGB")
 
 
 def resized(image: Image.Image, size: int) -> Image.Image:

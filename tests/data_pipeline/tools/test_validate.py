@@ -38,9 +38,14 @@ def test_bad_records_are_listed_in_order_with_their_places(
     assert [line["key"] for line in listed] == [100 + i for i in bad]
     offset_N = open_catalog(folder).offset_N
     assert [line["offset"] for line in listed] == [offset_N[i] for i in bad]
-    assert listed[0]["reason"] == "no known image format, it begins with b'no image'"
+    assert listed[0]["reason"].endswith(
+        "found one that begins with b'no image'; `lgaf data pack` converts other formats"
+    )
     assert "truncated" in listed[2]["reason"].lower()
-    assert f"  {folder / 'train.rec'}: key 105 at byte {offset_N[5]}: no known image format" in done.output
+    assert (
+        f"  {folder / 'train.rec'}: key 105 at byte {offset_N[5]}: expected a JPEG, PNG, WebP or BMP image"
+        in done.output
+    )
     assert "bad               3 of 2100" in done.output
 
 
