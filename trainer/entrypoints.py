@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.batch import RankSlice
 from data_pipeline.common.progress_bar import progress_bar
+from data_pipeline.common.redaction import redacted
 from data_pipeline.indexed.loader import Loader
 from data_pipeline.loader import GatherLabels, LoaderContext
 from data_pipeline.quarantine import Quarantine
@@ -28,6 +29,7 @@ from trainer.loop import MakeLoader, Training
 from trainer.report.evaluation import write
 from trainer.report.summary import conclude, device_name
 from trainer.run_log import QUARANTINE_FILE, RunLog
+from trainer.runtime import run_lock
 from trainer.runtime.ranks import Ranks, join
 from trainer.runtime.signals import Stopped, StopRequest
 from trainer.train_state import Checkpoints, build_or_resume
@@ -53,7 +55,8 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
 
     Return 0, or the number of the signal that ended the run earlier.
 
-    Raises ValueError for errors of the user: configuration, dataset, checkpoint, divergence.
+    Raises ValueError for errors of the user: configuration, dataset, checkpoint, divergence, a second
+    training in the run directory.
     """
     ranks.pulse.limit(config.watchdog.timeout_s)
     micro = micro_batch(config, ranks.world_size)
@@ -66,20 +69,19 @@ def run(config: RunConfig, ranks: Ranks, stop: StopRequest) -> int:
         config.data.image_size,
         config.evaluation.batch_size,
     )
-    if ranks.is_first:
-        _make_run_dir(config.run_dir)
-    stopped_by = _train(config, schedule, ranks, stop, rank_slice, source, evaluation)
-    if not stopped_by and ranks.is_first:
-        ranks.pulse.note(schedule.steps, "writing the report", is_slow=True)
-        conclude(
-            config.run_dir,
-            config_text=config.model_dump_json(indent=2),
-            schedule=schedule,
-            global_batch=config.global_batch,
-            source=source,
-            evaluation=evaluation,
-            ranks=ranks,
-        )
+    with run_lock.held(config.run_dir) if ranks.is_first else nullcontext():
+        stopped_by = _train(config, schedule, ranks, stop, rank_slice, source, evaluation)
+        if not stopped_by and ranks.is_first:
+            ranks.pulse.note(schedule.steps, "writing the report", is_slow=True)
+            conclude(
+                config.run_dir,
+                config_text=config.model_dump_json(indent=2),
+                schedule=schedule,
+                global_batch=config.global_batch,
+                source=source,
+                evaluation=evaluation,
+                ranks=ranks,
+            )
     return stopped_by
 
 
@@ -102,7 +104,7 @@ def _train(
             log.serve(config.metrics)
         log.say(_summary(schedule, ranks, rank_slice, source, first_step))
         checkpoints = Checkpoints(config, source, state, ranks, log)
-        suspects = Suspects(config.data.path or config.data.shards, config.head.scale)
+        suspects = Suspects(config.data.path or [*map(redacted, config.data.shards)], config.head.scale)
         divergence = Divergence(config.skip_limit, config.rollback_limit, suspects)
         training = Training(
             ranks,
@@ -156,17 +158,6 @@ def _loader_factory(
         return source.loader(context, quarantine, gather_labels)
 
     return make_loader
-
-
-def _make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"run_dir {run_dir}: expected a folder that can be written, found: {error.strerror}; set another"
-        ) from error
 
 
 def evaluate(

@@ -44,6 +44,7 @@ class RemoteLoader(LoaderBase):
             rank=context.rank_slice.rank,
             world_size=context.rank_slice.world_size,
             window=config.shards_window,
+            max_sample_bytes=config.max_sample_mb << 20,
             cursor=None if context.cursor is None else np.array(context.cursor, np.int64),
         )
         self.cursor = self._samples.start

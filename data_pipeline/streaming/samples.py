@@ -26,10 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 
 from data_pipeline import philox, shuffle
+from data_pipeline.common.redaction import redacted
+from data_pipeline.formats.container import LARGEST_LABEL
 from data_pipeline.formats.tar_index import label_of_cls, label_of_json
+from data_pipeline.streaming.bounded_tar import LimitError, files_in, key_and_suffix
+from data_pipeline.streaming.braces import require_few
 from data_pipeline.streaming.connection import Patience, RemoteError, Stopped, Stream, Waits, require_reader
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -55,15 +59,25 @@ class Sample(NamedTuple):
 def shard_urls(patterns: Sequence[str]) -> list[str]:
     """Return all shards that the patterns name, braces expanded ({000..099}, {a,b}), sorted.
 
-    Raises ValueError if there is no shard, if one is named twice, or if a URL has an unsupported protocol.
+    The order does not depend on credentials, which may differ when a run resumes.
+
+    Raises ValueError if there is no shard or more than a million, if one is named twice, or if a URL has an
+    unsupported protocol.
     """
-    urls = sorted(url for pattern in patterns for url in braceexpand(pattern, escape=False))
+    require_few(patterns)
+    try:
+        expanded = [url for pattern in patterns for url in braceexpand(pattern, escape=False)]
+    except ValueError as error:
+        raise ValueError(f"data.shards: expected pairs of braces, found: {redacted(str(error))}") from error
+    urls = sorted(expanded, key=lambda url: (redacted(url), url))
     if not urls:
-        raise ValueError(f"expected the URLs of at least one shard, found none in {list(patterns)}")
+        raise ValueError(
+            f"expected the URLs of at least one shard, found none in {[*map(redacted, patterns)]}"
+        )
     twice = [url for url, following in itertools.pairwise(urls) if url == following]
     if twice:
         raise ValueError(
-            f"expected every shard once, found {len(twice)} repeated, first {twice[0]}; "
+            f"expected every shard once, found {len(twice)} repeated, first {redacted(twice[0])}; "
             "use patterns that do not overlap"
         )
     for url in urls:
@@ -112,7 +126,8 @@ def mixed(seed: int, position: int, window_number: int, samples: int) -> np.ndar
 class RemoteSamples:
     """Single-use, endless iterator over the samples of one rank; a thread reads ahead.
 
-    Windows of `window` samples are mixed; up to three times as many encoded images are held in memory.
+    Windows of `window` samples are mixed; up to three times as many encoded images are held in memory. A
+    sample of more than `max_sample_bytes` is an error.
     `cursor` is that of a checkpoint, int64 [V, 2] for any number V of ranks, None at the start of a run;
     `start` is this rank's row of it. A read error is raised as RemoteError, after the samples before it have
     been returned. `close` ends the thread; garbage collection and the end of the interpreter do so too.
@@ -126,6 +141,7 @@ class RemoteSamples:
         rank: int,
         world_size: int,
         window: int,
+        max_sample_bytes: int = 64 << 20,
         cursor: np.ndarray | None = None,
         patience: Patience = Patience(),  # noqa: B008 - immutable
     ) -> None:
@@ -133,7 +149,9 @@ class RemoteSamples:
         cursor_W2 = first_cursor(world_size) if cursor is None else resume(cursor, world_size)
         position, done = self.start = tuple(cursor_W2[rank].tolist())
         self._waits = waits = Waits()
-        samples = _endless(list(urls), seed, position, done, world_size, window, patience, waits)
+        samples = _endless(
+            list(urls), seed, position, done, world_size, window, max_sample_bytes, patience, waits
+        )
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=window)
         # The thread holds no reference to this object, so that the object can be garbage-collected.
         self._thread = threading.Thread(
@@ -193,6 +211,7 @@ def _endless(
     done: int,
     world_size: int,
     window: int,
+    most_bytes: int,
     patience: Patience,
     waits: Waits,
 ) -> Iterator[Sample]:
@@ -200,15 +219,15 @@ def _endless(
     while True:
         url = urls[shard_of(seed, position, len(urls))]
         with contextlib.closing(Stream(url, patience, waits)) as stream:
-            yield from _of_shard(stream, seed, position, done, position + world_size, window)
+            yield from _of_shard(stream, seed, position, done, position + world_size, window, most_bytes)
         position, done = position + world_size, 0
 
 
 def _of_shard(
-    stream: Stream, seed: int, position: int, done: int, next_position: int, window: int
+    stream: Stream, seed: int, position: int, done: int, next_position: int, window: int, most_bytes: int
 ) -> Iterator[Sample]:
     first = 0
-    for window_number, (window_samples, is_last) in enumerate(_windows(_decoded(stream), window)):
+    for window_number, (window_samples, is_last) in enumerate(_windows(_decoded(stream, most_bytes), window)):
         end = first + len(window_samples)
         order_N = mixed(seed, position, window_number, len(window_samples))
         for number, i in enumerate(order_N.tolist(), first):
@@ -219,10 +238,10 @@ def _of_shard(
                 yield Sample(encoded, label, name, position, number, after)
         first = end
     if not first:
-        raise RemoteError(f"{stream.url}: expected samples, found an empty archive; remove it from the list")
+        raise RemoteError(f"{stream.name}: expected samples, found an empty archive; remove it from the list")
     if first <= done:
         raise RemoteError(
-            f"{stream.url}: expected more than the {done} samples that the checkpoint counts as finished, "
+            f"{stream.name}: expected more than the {done} samples that the checkpoint counts as finished, "
             f"found {first}: the shard has changed; restore the shards, their list and the seed"
         )
 
@@ -236,27 +255,31 @@ def _windows(items: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]
         window = following + list(itertools.islice(items, size - 1)) if following else []
 
 
-def _decoded(stream: Stream) -> Iterator[tuple[np.ndarray, int, str]]:
+def _decoded(stream: Stream, most_bytes: int) -> Iterator[tuple[np.ndarray, int, str]]:
     """Yield image, label and name of all samples of a shard, in their order in the file."""
     try:
-        for members in group_by_keys(_files(stream)):
+        for members in group_by_keys(_files(stream, most_bytes), key_and_suffix):
             # A group with neither image nor .cls is not a sample but perhaps a description of the shard.
             if "cls" in members or any(suffix in members for suffix in _IMAGE_SUFFIXES):
-                yield _image_and_label(members, f"{stream.url}: sample {members['__key__']!r}")
+                yield _image_and_label(members, f"{stream.name}: sample {members['__key__']!r}")
     except RemoteError:
         raise
+    except LimitError as error:
+        raise RemoteError(
+            f"{stream.name}: {error}, before byte {stream.at}; write the shard again"
+        ) from error
     except (tarfile.TarError, ValueError) as error:
         # webdataset appends its own text to the message.
         reason = str(error.args[0]).partition(" @ ")[0]
         raise RemoteError(
-            f"{stream.url}: expected a tar archive, found damage at byte {stream.at} or before: {reason}; "
-            "copy it to the server again"
+            f"{stream.name}: expected an uncompressed tar archive, found damage at byte {stream.at} or "
+            f"before: {reason}; copy it to the server again"
         ) from error
 
 
-def _files(stream: Stream) -> Iterator[dict[str, Any]]:
-    for file in tar_file_iterator(stream):
-        yield {"__url__": stream.url, **file}
+def _files(stream: Stream, most_bytes: int) -> Iterator[dict[str, Any]]:
+    for file in files_in(stream, most_bytes):
+        yield {"__url__": stream.name, **file}
     stream.require_end_of_archive()
 
 
@@ -276,10 +299,10 @@ def _label(members: dict[str, Any], name: str) -> int:
     label = None
     with contextlib.suppress(ValueError):  # more digits than Python takes
         label = label_of_cls(members["cls"]) if "cls" in members else label_of_json(text or b"{}")
-    if label is None or not 0 <= label < 1 << 63:
+    if label is None or not 0 <= label <= LARGEST_LABEL:
         raise RemoteError(
-            f"{name}: expected a whole number from 0 in .cls, or as 'label' or 'cls' in .json, found "
-            f"{'neither' if text is None else repr(text[:80])}; write it again"
+            f"{name}: expected a whole number from 0 to {LARGEST_LABEL} in .cls, or as 'label' or 'cls' in "
+            f".json, found {'neither' if text is None else repr(text[:80])}; write it again"
         )
     return label
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
-import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +22,8 @@ from typing import IO, get_type_hints
 
 import numpy as np
 
+from data_pipeline.common import bounded_json
+from data_pipeline.common.atomic_write import staged
 from data_pipeline.common.process_pool import in_order
 from data_pipeline.formats.pair_file import write_pairs
 from data_pipeline.formats.recordio import FLOAT32_EXACT
@@ -38,6 +38,7 @@ TRAIN_NUISANCES = "train_nuisances.tsv"
 PAIRS_NUISANCES = "held_out_nuisances.tsv"
 
 _DESCRIPTION = "synth.json"
+_LARGEST_DESCRIPTION = 1 << 20
 
 _COLUMNS = np.dtype(
     [("key", np.int64), ("identity", np.int64), ("number", np.int64)]
@@ -58,23 +59,11 @@ def write_set(folder: Path, config: SynthConfig, progress: Callable[[int, int], 
     folder = folder.resolve()
     if _holds_the_set(folder, config):
         return False
-    partial = folder.with_name(f".{folder.name}.part")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise ValueError(
-            f"{partial}: expected no such folder; another `lgaf data synth` is writing {folder}, or an "
-            f"earlier one was killed: remove it if none is running"
-        ) from None
-    try:
+    with staged(folder) as partial:
         with contextlib.closing(rendered_images(config, progress or (lambda done, total: None))) as stream:
             _write_training(partial, config, islice(stream, config.images))
             _write_pairs(partial, config, stream)
         _describe(partial, config)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -197,7 +186,7 @@ def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise ValueError(
-                f"{folder / name}: expected {size} bytes, found {found or 'no such file'}; {todo}"
+                f"{folder / name}: expected {size} bytes, found {'no such file' if found is None else found}; {todo}"
             )
     return True
 
@@ -205,7 +194,7 @@ def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
 def _description(folder: Path) -> dict[str, dict[str, object]] | None:
     """Read the description of the set in a folder; None if there is none."""
     try:
-        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        description = bounded_json.read(folder / _DESCRIPTION, _LARGEST_DESCRIPTION)
     except (OSError, ValueError):
         return None
     match description:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.atomic_write import staged_file
+from data_pipeline.common import bounded_json
+from data_pipeline.common.atomic_write import open_to_append, staged_file
+from data_pipeline.common.data_file import open_data_file
 
 _METRICS, _RESULT = "metrics.jsonl", "result.json"
+_LONGEST_LINE = 1 << 16
+_LARGEST_STEP = 1 << 53
+# Differences and ratios of such numbers are finite, and no logarithm of them fails.
+_SMALLEST, _LARGEST = 1e-100, 1e100
 
 
 class MetricsLog:
     """Writer of a run's `metrics.jsonl`; every line has a `kind` and the `step` after which it was written.
 
     first_step: the step of the checkpoint from which the run resumes; lines of later steps are removed first,
-    because the run repeats those steps. With 0 all lines are removed.
+    because the run repeats those steps. With 0 all lines are removed. `unreadable` lines were removed because
+    they are no records.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         self._path = run_dir / _METRICS
-        kept = [record for record in read(run_dir) if first_step > 0 and record["step"] <= first_step]
+        records, self.unreadable = read_counted(run_dir)
+        kept = [record for record in records if first_step > 0 and record["step"] <= first_step]
         _replace(self._path, "".join(_line(record) for record in kept))
-        self._file = open(self._path, "ab", buffering=0)
+        self._file = open(open_to_append(self._path), "ab", buffering=0)
         self._waiting = b""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -38,17 +48,55 @@ class MetricsLog:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all records of a run, none if the file is missing; a truncated last line is omitted."""
+    """Return all records of a run, none if the file is missing; lines that are no records are skipped."""
+    return read_counted(run_dir)[0]
+
+
+def read_counted(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return all records of a run, and the number of lines that are no records.
+
+    A crash can truncate a line, to which the next record is then appended. Every record has a text `kind`, an
+    integer `step`, and otherwise texts and numbers, which are 0, non-finite or of a usual magnitude.
+    """
     path = run_dir / _METRICS
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+        return [], 0
+    found = [_record(line) for line in _lines(path) if line.strip()]
+    records = [record for record in found if record is not None]
+    return records, len(found) - len(records)
+
+
+def is_number(value: object) -> bool:
+    """Return True for a finite number of a usual magnitude."""
+    return _is_plain(value) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines; one that is too long for a record is yielded without its end."""
+    with open_data_file(path) as file:
+        while line := file.readline(_LONGEST_LINE):
+            yield line
+            while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                line = file.readline(_LONGEST_LINE)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = bounded_json.parse(line)
+    except ValueError:
+        return None
+    match record:
+        case {"kind": str(), "step": int() as step} if 0 <= step < _LARGEST_STEP:
+            return record if all(map(_is_plain, record.values())) else None
+    return None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return True
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value == 0 or _SMALLEST <= abs(value) <= _LARGEST
+    return value is None or isinstance(value, str)
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
