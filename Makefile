@@ -4,6 +4,10 @@ BIN := .venv/bin
 DEMO_DATA := data/demo
 # `make demo DEMO_OPTIONS="--set steps=40"`.
 DEMO_OPTIONS ?=
+# A folder with hashes of all downloads; CI sets it to .ci/hashes.
+HASHES ?=
+# As -c constraints.txt, for the packages that build source archives too.
+CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # For each reader; `make fuzz FUZZ_SECONDS=600` looks longer.
 FUZZ_SECONDS ?= 60
 
@@ -13,7 +17,9 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(if $(HASHES),$(BIN)/pip install --require-hashes --no-deps -r $(HASHES)/build.txt)
+	$(if $(HASHES),$(BIN)/pip install --require-hashes --no-deps --no-build-isolation -r $(HASHES)/packages.txt)
+	$(CONSTRAINED) $(BIN)/pip install $(if $(HASHES),--no-build-isolation) -e '.[dev]'
 	@touch $@
 
 demo: install
@@ -33,7 +39,7 @@ lint: install
 	$(BIN)/mypy
 
 fuzz: install
-	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	$(CONSTRAINED) $(BIN)/pip install -q -e '.[fuzz]'
 	PYTHONPATH=. $(BIN)/python tests/data_pipeline/fuzz.py $(FUZZ_SECONDS)
 
 clean:

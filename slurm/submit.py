@@ -19,6 +19,8 @@ from typer import Argument, Exit, Option, echo
 POLL_S = 5.0
 # Time between the signal and the time limit, as in train_webface42m.sh.
 SIGNAL_DELAY_S = 120
+# By this secret, which srun passes on, the ranks recognise each other. Each start of the job has a new one.
+_SETUP = ["export LGAF_JOB_SECRET=$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')"]
 
 Config = Annotated[Path, Argument(help="configuration file, as for `lgaf train`")]
 Nodes = Annotated[int, Option(help="number of nodes", min=1)]
@@ -63,6 +65,7 @@ def submit(
         "timeout_min": time_min,
         "slurm_partition": partition,
         "slurm_signal_delay_s": min(SIGNAL_DELAY_S, 15 * time_min),
+        "slurm_setup": _SETUP,
         # srun does not inherit sbatch's --cpus-per-task. --wait ends a job in which one rank has exited and
         # the others hang.
         "slurm_srun_args": [f"--cpus-per-task={cpus_per_task}", "--kill-on-bad-exit=0", "--wait=30"],
@@ -87,11 +90,14 @@ def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str,
     given = {name: value for name, value in resources.items() if value is not None}
     executor.update_parameters(name="lgaf", slurm_additional_parameters={"requeue": True}, **given)
     try:
-        return executor.submit(train, config, overrides)
+        job = executor.submit(train, config, overrides)
     except FailedJobError as error:
         raise ValueError(
             f"expected sbatch to accept the job, found: {error}; requested {given}; change the request"
         ) from error
+    # The overrides may contain credentials, in the URLs of shards.
+    job.paths.submitted_pickle.chmod(0o600)
+    return job
 
 
 def _wait(job: submitit.Job[None]) -> None:

@@ -43,6 +43,10 @@ fi
 lgaf=$root/.venv/bin/lgaf
 [[ -x $lgaf ]] || lgaf=$(command -v lgaf) || fail "expected $root/.venv (make install) or lgaf on the PATH, found neither"
 
+# By this secret, which srun passes on, the ranks recognise each other.
+LGAF_JOB_SECRET=$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')
+export LGAF_JOB_SECRET
+
 # srun does not inherit sbatch's --cpus-per-task. --wait: after one rank exits, the others have 30 s to report
 # which rank it was, or to exit with the same code. srun exits with the highest code of all ranks. A signal
 # kills a rank that has not installed its handlers yet or has removed them after its run. Nothing is lost then,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from data_pipeline.common.terminal import echo
 from trainer import config_file
 from trainer.cli import checkpoint as checkpoint_commands
 from trainer.cli import data, network
@@ -29,7 +31,7 @@ app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lgaf {version('lgaf')}")
+        echo(f"lgaf {version('lgaf')}")
         raise typer.Exit
 
 
@@ -37,7 +39,7 @@ def _show_keys(wanted: bool) -> None:
     if wanted:
         from trainer.config import RunConfig
 
-        typer.echo(config_file.help_text(RunConfig))
+        echo(config_file.help_text(RunConfig))
         raise typer.Exit
 
 
@@ -128,10 +130,10 @@ def evaluate(
     results = entrypoints.evaluate(checkpoint, config, name=name, batch_size=batch_size, out=folder)
     if results is not None and suite is None:
         figures = {name: scores.figures for name, tasks in results.items() for scores in tasks.values()}
-        typer.echo(json.dumps(figures, indent=2))
+        echo(json.dumps(figures, indent=2))
     elif results is not None:
         show(results)
-        typer.echo(f"Plots and figures are in {folder}")
+        echo(f"Plots and figures are in {folder}")
 
 
 for _command in (network.export, network.embed, network.compare):
@@ -156,7 +158,10 @@ def _run() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        typer.echo(f"lgaf: {error}", err=True)
+        echo(f"lgaf: {error}", err=True)
+        sys.exit(1)
+    except Exception:
+        echo(traceback.format_exc().rstrip(), err=True)
         sys.exit(1)
 
 

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",
+    "data.max_sample_mb",
     "backbone.recompute",
     "engine.zero_stage",
     "checkpoint",

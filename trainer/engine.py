@@ -48,9 +48,10 @@ _UPDATES = "step"
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls torch's collectives by deprecated names.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-# DeepSpeed compiles this op at its first use on a CPU, for collectives that are not used here. A process that
-# is killed while compiling leaves a lock file behind, and all later runs hang on it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# On first access DeepSpeed runs the `gcc` of the PATH, to list in this table the ops that it could compile.
+# None is used here. It would compile "deepspeed_shm_comm" at its first use on a CPU, for collectives. If
+# that process is killed, it leaves a lock file behind, and all later runs hang on it.
+deepspeed.ops.__compatible_ops__ = {}
 # DeepSpeed would run `numactl` repeatedly to count devices that a CPU does not have. It would also fail if
 # PATH contains a folder without read permission.
 deepspeed.utils.numa.get_numa_cores = lambda: []

@@ -53,6 +53,11 @@ class RunLog:
         self.metrics, self._timer = Metrics(), StepTimer()
         self._bad_records = quarantine.listed()
         self._skipped: set[int] = set()  # since the last flush
+        if self._records is not None and self._records.unreadable:
+            self.say(
+                f"{run_dir / 'metrics.jsonl'}: {self._records.unreadable} lines were no records and are "
+                "removed"
+            )
 
     def __enter__(self) -> RunLog:
         self._display.__enter__()

@@ -10,8 +10,16 @@ from trainer.config import RunConfig
 def from_saved(saved: dict[str, Any]) -> RunConfig:
     """Return the configuration of a checkpoint's manifest, which any version of lgaf may have written.
 
-    Keys that are newer than the checkpoint have their defaults. Raises ValidationError.
+    Keys that are newer than the checkpoint have their defaults. Raises ValueError.
     """
+    try:
+        tree = _translated(saved)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"a table of another form: {error}") from error
+    return RunConfig.model_validate(tree)
+
+
+def _translated(saved: dict[str, Any]) -> dict[str, Any]:
     tree = {**saved}
     for name, translated in (
         ("backbone", translated_backbone),
@@ -20,7 +28,7 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     ):
         if isinstance(saved.get(name), dict):
             tree[name] = translated(saved[name])
-    return RunConfig.model_validate(tree)
+    return tree
 
 
 def _translated_head(saved: dict[str, Any]) -> dict[str, Any]:

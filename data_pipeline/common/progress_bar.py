@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from data_pipeline.common.terminal import printable
+
 _REFRESH_S = 0.1
 
 
@@ -28,9 +30,9 @@ def progress_bar(label: str, *, counts_bytes: bool = False) -> Iterator[Callable
     """
     console = Console(stderr=True)
     count: ProgressColumn = DownloadColumn() if counts_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(printable(label), total=None)
         latest = 0.0
 
         def move(done: int, total: int) -> None:

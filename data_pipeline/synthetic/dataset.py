@@ -185,9 +185,8 @@ def _holds_the_set(folder: Path, config: SynthConfig) -> bool:
     for name, size in description["bytes"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
-            raise ValueError(
-                f"{folder / name}: expected {size} bytes, found {'no such file' if found is None else found}; {todo}"
-            )
+            text = "no such file" if found is None else found
+            raise ValueError(f"{folder / name}: expected {size} bytes, found {text}; {todo}")
     return True
 
 

@@ -79,6 +79,9 @@ def test_lgaf_submit_gives_the_losses_of_torchrun(slurm_cluster, overrides, torc
     log = "".join(Path(path).read_text() for path in printed.groups()[1:])
     assert (ended.state, ended.exit_code) == ("COMPLETED", 0), log
     assert losses(run_dir) == torchrun_losses
+    # The overrides in it may contain credentials.
+    (pickled,) = (tmp_path / "logs").rglob("*_submitted.pkl")
+    assert pickled.stat().st_mode & 0o077 == 0
 
 
 def test_a_job_that_fails_says_why_once(slurm_cluster, tmp_path):

@@ -7,14 +7,14 @@ Names, shapes and constants are compared first, so that no weight is changed by 
 
 from __future__ import annotations
 
-import io
-import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from trainer.backbones.base import Backbone
+from trainer.checkpoint import pt_file
+from trainer.checkpoint.checksummed_file import FileSum
 
 _SHOWN = 5
 
@@ -42,12 +42,13 @@ def load(model: Backbone, file: Path) -> int:
 
 def _read(file: Path) -> tuple[dict[str, Tensor], int]:
     try:
-        content = file.read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        crc32 = int(FileSum.of(file.resolve()).crc32, 16)
+        state = pt_file.load(file)
     except Exception as error:  # torch's readers raise many kinds on damaged files
         raise ValueError(
             f"backbone.weights = {file}: expected a state dict written by torch.save, found: "
-            f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+            f"{type(error).__name__} {str(error).partition(chr(10))[0]}; "
+            "copy it again if it is truncated"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state"), dict):
         state = state["state"]
@@ -56,7 +57,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], int]:
             f"backbone.weights = {file}: expected a dictionary of tensors by name, or a file of `lgaf "
             "checkpoint extract`, found other values; save only the network's state_dict()"
         )
-    return state, zlib.crc32(content)
+    return state, crc32
 
 
 def _faults(target: nn.Module, state: dict[str, Tensor]) -> list[str]:

@@ -13,15 +13,16 @@ import pickle
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from trainer.checkpoint import directory, storage
+from trainer.checkpoint import directory, pt_file, storage
 from trainer.checkpoint.checksummed_file import FileSum, SummedFile, open_regular
 from trainer.checkpoint.directory import CheckpointError
 
 _METADATA = ".metadata"
+_LARGEST_METADATA = 32 << 20
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata",
@@ -101,7 +102,7 @@ def _copy(
     content = bytearray(chunk.length)
     source.seek(chunk.offset)
     storage.read_exactly(source, memoryview(content))
-    tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    tensor = pt_file.load_bytes(content)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.shape:
         raise ValueError(f"a chunk of {chunk.tensor} that is not a tensor of shape {chunk.shape}")
     return {chunk.tensor: storage.append(target, out, tensor, chunk.start, shape)}
@@ -110,7 +111,10 @@ def _copy(
 def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_OldChunk]]]:
     """Read the shape of every tensor, and the chunks in every file in the order of their offsets."""
     with open_regular(metadata) as file:
-        content = _Unpickler(io.BytesIO(file.readall())).load()
+        raw = file.read(_LARGEST_METADATA + 1)
+    if len(raw) > _LARGEST_METADATA:
+        raise ValueError(f"metadata of more than {_LARGEST_METADATA} bytes")
+    content = _Unpickler(io.BytesIO(raw)).load()
     shapes, sizes = {}, {}
     for name, entry in content["state_dict_metadata"].items():
         shapes[name] = _counts(entry["size"])
@@ -140,8 +144,16 @@ def _counts(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickler of torch's metadata that uses only constructors of this module and imports nothing."""
+class _Unpickler(pickle._Unpickler):
+    """Unpickler of torch's metadata that uses only constructors of this module and imports nothing.
+
+    It is Python's: the one in C reserves gigabytes for an entry of its memo with a high number.
+    """
+
+    # This instruction reserves the announced size before it reads, and torch does not write it.
+    dispatch: ClassVar = {
+        code: call for code, call in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a constructor made for this call; a pickle that modifies it affects nothing else."""

@@ -174,7 +174,12 @@ def publish(
     """
     manifest = Manifest(header, time.time(), files, tensors)
     _check(manifest)
-    write_through(partial / MANIFEST, _sealed(manifest))
+    text = _sealed(manifest)
+    if len(text) > _LARGEST_MANIFEST:
+        raise CheckpointError(
+            f"{final}: expected a manifest of at most {_LARGEST_MANIFEST} bytes, found {len(text)}"
+        )
+    write_through(partial / MANIFEST, text)
     _sync_folder(partial)
     before = final.with_name(f".{final.name}.old")
     if final.exists():

@@ -12,7 +12,6 @@ executed: tensors are plain bytes, described by the JSON of the manifest.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from data_pipeline.common.terminal import echo
 from trainer.checkpoint import directory, storage
 from trainer.checkpoint.checksummed_file import FileSum
 from trainer.checkpoint.directory import CheckpointError, Header
@@ -87,7 +87,7 @@ def save(
                 run_dir,
                 keep=keep,
                 every_steps=keep_every_steps,
-                look=directory.wrong_size,
+                check=directory.wrong_size,
                 until_step=header.step,
             ):
                 directory.remove(old)
@@ -114,7 +114,7 @@ def newest(run_dir: Path, *, group: dist.ProcessGroup) -> Path | None:
             return checkpoint
         if group.rank() == 0:
             text = f"{problem}; {checkpoint.name} is damaged and skipped"
-            print(f"lgaf: {text}", file=sys.stderr, flush=True)
+            echo(f"lgaf: {text}", err=True)
     if names:
         raise CheckpointError(
             f"{directory.folder_of(run_dir)}: expected an intact checkpoint, found {len(names)}, all "
@@ -148,16 +148,9 @@ def load(checkpoint: Path, state: State, *, group: dist.ProcessGroup) -> None:
     Raises CheckpointError if the checkpoint is damaged or of an older format, or if its tensors differ in
     name or shape from those of any part in `state`.
     """
-    manifest = directory.read_manifest(checkpoint)
-    if manifest.format != directory.FORMAT:
-        raise CheckpointError(
-            f"{checkpoint}: expected format {directory.FORMAT}, found {manifest.format}, which an older lgaf "
-            f"wrote; convert it with `lgaf checkpoint convert {checkpoint}`, or pass the run directory to "
-            "convert all of its checkpoints"
-        )
-    _check_names_and_shapes(checkpoint, state, manifest.tensors)
+    table = require_tensors(checkpoint, state)
     try:
-        _on_all(group, lambda: storage.read(checkpoint, state, manifest.tensors))
+        _on_all(group, lambda: storage.read(checkpoint, state, table))
     except _RankFailed as error:
         raise CheckpointError(
             f"{checkpoint}: a part of it could not be read by {error}; "
@@ -197,8 +190,8 @@ def _by_first(group: dist.ProcessGroup, act: Callable[[], object]) -> None:
 
 def _agreed_damage(checkpoint: Path, group: dist.ProcessGroup) -> str | None:
     """Return a problem that any rank finds in its share of the files, or None; sizes are checked first."""
-    for look in (directory.wrong_size, directory.wrong_sum):
-        for problem in gather_json(look(checkpoint, group.rank(), group.size()), group):
+    for check in (directory.wrong_size, directory.wrong_sum):
+        for problem in gather_json(check(checkpoint, group.rank(), group.size()), group):
             if problem is not None:
                 return str(problem)
     return None
@@ -234,7 +227,24 @@ def _write(final: Path, state: State, header: Header, group: dist.ProcessGroup) 
     _by_first(group, publish)
 
 
-def _check_names_and_shapes(checkpoint: Path, state: State, table: storage.Table) -> None:
+def read_current_manifest(checkpoint: Path) -> directory.Manifest:
+    """Read the manifest. Raises CheckpointError as `directory.read_manifest`, and for an older format."""
+    manifest = directory.read_manifest(checkpoint)
+    if manifest.format != directory.FORMAT:
+        raise CheckpointError(
+            f"{checkpoint}: expected format {directory.FORMAT}, found {manifest.format}, which an older lgaf "
+            f"wrote; convert it with `lgaf checkpoint convert {checkpoint}`, or pass the run directory to "
+            "convert all of its checkpoints"
+        )
+    return manifest
+
+
+def require_tensors(checkpoint: Path, state: State) -> storage.Table:
+    """Return the table of the stored tensors.
+
+    Raises CheckpointError unless the parts in `state` have the names and shapes of the stored ones.
+    """
+    table = read_current_manifest(checkpoint).tensors
     wanted = {f"{part}.{name}": tuple(tensor.shape) for part, name, tensor in _tensors(state)}
     held = {name: tensor.shape for name, tensor in table.items() if name.split(".")[0] in state}
     faults = [f"{name} is missing" for name in wanted if name not in held]
@@ -250,3 +260,4 @@ def _check_names_and_shapes(checkpoint: Path, state: State, table: storage.Table
             f"{checkpoint}: expected the tensors of this model, found another model's: "
             f"{'; '.join(faults[:5])}{more}; use the configuration that the checkpoint was trained with"
         )
+    return table

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.common.redaction import redacted
+from data_pipeline.common.terminal import echo
 from trainer.checkpoint import directory
 
 app = typer.Typer(no_args_is_help=True, help="List, verify, prune and extract the checkpoints of a run.")
@@ -21,16 +22,16 @@ _EITHER = typer.Argument(metavar="RUN", help="a checkpoint's folder, or a run di
 @app.command("ls")
 def list_checkpoints(run: Annotated[Path, _RUN]) -> None:
     """Show step, time, size and state of every checkpoint; checks file sizes only, unlike `verify`."""
-    typer.echo(f"{'step':>10}  {'written':19}  {'MiB':>9}  state")
+    echo(f"{'step':>10}  {'written':19}  {'MiB':>9}  state")
     for checkpoint in _all_of(run):
         problem = directory.wrong_size(checkpoint)
         try:
             written = _time(directory.read_manifest(checkpoint).time_s)
         except directory.CheckpointError:
             written = "unknown"
-        size_mib = sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**20
+        size_mib = sum(file.lstat().st_size for file in checkpoint.iterdir()) / 2**20
         state = "complete" if problem is None else f"damaged: {problem}"
-        typer.echo(f"{directory.step_of(checkpoint):10}  {written:19}  {size_mib:9.1f}  {state}")
+        echo(f"{directory.step_of(checkpoint):10}  {written:19}  {size_mib:9.1f}  {state}")
 
 
 @app.command()
@@ -39,12 +40,12 @@ def show(checkpoint: Annotated[Path, _EITHER]) -> None:
     chosen = _chosen(checkpoint)[-1]
     manifest = directory.read_manifest(chosen)
     header = manifest.header
-    typer.echo(f"{chosen}: step {header.step}, written {_time(manifest.time_s)}")
-    typer.echo(f"dataset   {_pairs(header.dataset)}")
-    typer.echo(f"versions  {_pairs(header.versions)}")
+    echo(f"{chosen}: step {header.step}, written {_time(manifest.time_s)}")
+    echo(f"dataset   {_pairs(header.dataset)}")
+    echo(f"versions  {_pairs(header.versions)}")
     for name, entry in manifest.files.items():
-        typer.echo(f"file      {name}: {entry.size} bytes, CRC-32 {entry.crc32}")
-    typer.echo(f"configuration\n{redacted(json.dumps(header.config, indent=2))}")
+        echo(f"file      {name}: {entry.size} bytes, CRC-32 {entry.crc32}")
+    echo(f"configuration\n{redacted(json.dumps(header.config, indent=2))}")
 
 
 @app.command()
@@ -54,7 +55,7 @@ def verify(checkpoint: Annotated[Path, _EITHER]) -> None:
     for one in _chosen(checkpoint):
         problem = directory.damage(one)
         is_damaged |= problem is not None
-        typer.echo(f"{one.name}: {'intact' if problem is None else f'damaged: {problem}'}")
+        echo(f"{one.name}: {'intact' if problem is None else f'damaged: {problem}'}")
     if is_damaged:
         raise typer.Exit(1)
 
@@ -73,10 +74,10 @@ def convert(checkpoint: Annotated[Path, _EITHER]) -> None:
             is_old = directory.read_manifest(one).format != directory.FORMAT
             if is_old:
                 conversion.convert(one)
-            typer.echo(f"{one.name}: {'converted' if is_old else 'has the current format already'}")
+            echo(f"{one.name}: {'converted' if is_old else 'has the current format already'}")
         except directory.CheckpointError as error:
             has_failed = True
-            typer.echo(f"{one.name}: not converted: {error}", err=True)
+            echo(f"{one.name}: not converted: {error}", err=True)
     if has_failed:
         raise typer.Exit(1)
 
@@ -96,7 +97,7 @@ def prune(
     for checkpoint in directory.superfluous(run, keep=keep, every_steps=every_steps, check=directory.damage):
         if not dry_run:
             directory.remove(checkpoint)
-        typer.echo(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
+        echo(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
 
 
 @app.command()
@@ -138,8 +139,10 @@ def _has_manifest(checkpoint: Path) -> bool:
 
 def _kept_every_steps(checkpoint: Path) -> int | None:
     config = directory.read_manifest(checkpoint).header.config
-    every_steps: int | None = config.get("checkpoint", {}).get("keep_every_steps")
-    return every_steps
+    match config.get("checkpoint"):
+        case {"keep_every_steps": int() as every_steps} if every_steps > 0:
+            return every_steps
+    return None
 
 
 def _time(time_s: float) -> str:

@@ -13,7 +13,10 @@ import numpy as np
 import typer
 from pydantic import BaseModel, Field
 
+from data_pipeline.common.atomic_write import staged_file
+from data_pipeline.common.image_header import SIDES_PX
 from data_pipeline.common.progress_bar import progress_bar
+from data_pipeline.common.terminal import echo
 from data_pipeline.config import AugmentConfig
 from data_pipeline.indexed.catalog import Catalog, open_catalog, read_property
 from data_pipeline.synthetic import dataset as synthetic_set
@@ -55,7 +58,7 @@ def _file(text: str) -> Any:
 
 def _print_keys(wanted: bool) -> None:
     if wanted:
-        typer.echo(config_file.help_text(SynthConfig))
+        echo(config_file.help_text(SynthConfig))
         raise typer.Exit
 
 
@@ -95,11 +98,11 @@ def synth(
     with progress_bar("rendering") as progress:
         is_new = synthetic_set.write_set(folder, wanted, progress)
     if not is_new:
-        typer.echo(f"{folder} holds this dataset already; nothing to do")
+        echo(f"{folder} holds this dataset already; nothing to do")
         return
     seconds = time.monotonic() - start
     rate = (wanted.images + 2 * wanted.pairs) / seconds
-    typer.echo(
+    echo(
         f"{folder}: {wanted.images} images of {wanted.identities} identities, {wanted.pairs} pairs of "
         f"{wanted.held_out_identities} held-out identities ({seconds:.1f} s, {rate:.0f} images/s)"
     )
@@ -154,13 +157,14 @@ def inspect(
     changes = None if augment is None else config_file.load(_AugmentFile, augment).data.augment
     catalog = open_catalog(folders)
     for name, value in _facts(catalog):
-        typer.echo(f"{name:<18}{value}")
+        echo(f"{name:<18}{value}")
     sheet.parent.mkdir(parents=True, exist_ok=True)
     inspection.contact_sheet(catalog, **_SHEET, augmentation=changes).save(sheet, "PNG")
-    typer.echo(f"{'contact sheet':<18}{sheet}")
+    echo(f"{'contact sheet':<18}{sheet}")
 
 
 _SHARD_SAMPLES = typer.Option(min=1, help="Images in each tar shard.")
+_MAX_IMAGE_SIDE = typer.Option(min=SIDES_PX[0], help="Largest accepted width and height of an image, pixels.")
 
 
 @app.command()
@@ -179,6 +183,7 @@ def pack(
         int, typer.Option(min=0, help="Number of identities, the last ones, held out for verification.")
     ] = 0,
     shard_samples: Annotated[int, _SHARD_SAMPLES] = 10_000,
+    max_image_side: Annotated[int, _MAX_IMAGE_SIDE] = SIDES_PX[1],
 ) -> None:
     """Pack images into train.rec, train.idx and property, or into shards train-000000.tar, ...
 
@@ -190,6 +195,7 @@ def pack(
     written to train.labels.npy.
 
     Images are cropped to their central square and resized; a JPEG of the right size is copied unchanged.
+    JPEG, PNG, WebP, BMP, TIFF, GIF, PPM, PGM, AVIF and JPEG 2000 are read.
     """
     is_list = source.is_file()
     if is_list and hold_out:
@@ -197,12 +203,12 @@ def pack(
             f"{source}: --hold-out {hold_out} expects a folder of identities, found a list; remove --hold-out"
         )
     with progress_bar("packing") as progress:
-        options = packing.PackOptions(form, size, quality, shard_samples)
+        options = packing.PackOptions(form, size, quality, shard_samples, max_image_side)
         if is_list:
             done = packing.pack_list(source, out, options, progress=progress)
         else:
             done = packing.pack_folder(source, out, options, hold_out=hold_out, progress=progress)
-    typer.echo(
+    echo(
         f"{out}: {done.images} images of {done.identities} identities, {done.image_bytes / 1e6:.1f} MB "
         f"({done.kept_images} copied unchanged)"
         + (f"; {done.pairs} pairs of {hold_out} held-out identities" if hold_out else "")
@@ -223,7 +229,7 @@ def convert(
     """
     with progress_bar("converting") as progress:
         images, there = conversion.convert(source, out, shard_samples=shard_samples, progress=progress)
-    typer.echo(f"{out}: {images} images" + (f", {there} of them converted before" if there else ""))
+    echo(f"{out}: {images} images" + (f", {there} of them converted before" if there else ""))
 
 
 @app.command()
@@ -235,6 +241,7 @@ def validate(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes; by default one for each core.", show_default=False)
     ] = None,
+    max_image_side: Annotated[int, _MAX_IMAGE_SIDE] = SIDES_PX[1],
 ) -> None:
     """Read and decode every record of the datasets; exit with code 1 if one is bad.
 
@@ -242,15 +249,16 @@ def validate(
     """
     start = time.monotonic()
     with progress_bar("validating") as progress:
-        found = validation.validate(folders, None, progress, processes)
+        found = validation.validate(folders, None, progress, processes, max_image_side)
     good, seconds = found.kinds.total(), time.monotonic() - start
     for kind, count in found.kinds.most_common():
-        typer.echo(f"{kind:<18}{count}")
-    typer.echo(f"{'bad':<18}{len(found.bad)} of {good + len(found.bad)} ({seconds:.1f} s)")
+        echo(f"{kind:<18}{count}")
+    echo(f"{'bad':<18}{len(found.bad)} of {good + len(found.bad)} ({seconds:.1f} s)")
     if report is not None:
-        report.write_text("".join(one.line() for one in found.bad), encoding="utf-8")
+        with staged_file(report) as partial:
+            partial.write_text("".join(one.line() for one in found.bad), encoding="utf-8")
     for one in found.bad[:_BAD_NAMED]:
-        typer.echo(f"  {one}")
+        echo(f"  {one}")
     if found.bad:
         raise typer.Exit(1)
 
@@ -271,7 +279,7 @@ def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:
         "images per class",
         f"{count_C.min()} to {count_C.max()}, median {np.median(count_C):g}, {(count_C == 0).sum()} empty",
     )
-    yield "damaged records", f"{len(catalog.damaged_D)}"
+    yield "damaged records", f"{len(catalog.damaged_K)}"
     for reason in catalog.damage(_DAMAGE_NAMED):
         yield "", reason
     kinds = inspection.image_kinds(catalog, _SAMPLE)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.common.progress_bar import progress_bar
+from data_pipeline.common.terminal import echo
 
 NETWORK_HELP = "a checkpoint's folder, a run directory (its newest), or a network's .pt or .safetensors file"
 _CHECKPOINT = typer.Option(metavar="CHECKPOINT", help=NETWORK_HELP, show_default=False)
@@ -40,7 +41,7 @@ def export(
         if difference is None
         else f"embeddings differ from the network's by at most {difference:.1e} of their length"
     )
-    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {checked}")
+    echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {checked}")
 
 
 def embed(
@@ -77,11 +78,11 @@ def embed(
             network, images, out, batch_size=batch_size, flip=flip, facts=facts, report=report
         )
     for path, reason in bad[:_BAD_SHOWN]:
-        typer.echo(f"lgaf: {path}: {reason}", err=True)
+        echo(f"lgaf: {path}: {reason}", err=True)
     if bad:
         text = f"{len(bad)} of {files} files could not be read as images; {out} lists all of them"
-        typer.echo(f"lgaf: {text}", err=True)
-    typer.echo(f"{out}: {files - len(bad)} images")
+        echo(f"lgaf: {text}", err=True)
+    echo(f"{out}: {files - len(bad)} images")
 
 
 def compare(
@@ -114,4 +115,4 @@ def compare(
     if judge is not None:
         is_same = similarity >= judge.value
         found |= {"same_person": is_same, "threshold": judge.value, "threshold_from": judge.source}
-    typer.echo(json.dumps(found, indent=2))
+    echo(json.dumps(found, indent=2))

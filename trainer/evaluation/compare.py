@@ -10,7 +10,7 @@ import numpy as np
 from trainer.evaluation.metrics.verification import cosine_similarity
 from trainer.inference.embed import look, read_image
 from trainer.inference.network import Network
-from trainer.monitoring.metrics_log import read
+from trainer.monitoring.metrics_log import is_number, read
 
 
 class Threshold(NamedTuple):
@@ -40,7 +40,11 @@ def known_threshold(checkpoint: Path, step: int) -> Threshold | None:
         return None  # a file with a network can be anywhere, even in another run's folder
     for run_dir in (checkpoint, checkpoint.resolve().parent.parent):
         records = [r for r in read(run_dir) if (r["kind"], r["step"]) == ("evaluation", step)]
-        threshold_of = {record["set"]: record["threshold"] for record in records if "threshold" in record}
+        threshold_of = {
+            str(record.get("set")): record["threshold"]
+            for record in records
+            if is_number(record.get("threshold"))
+        }
         if threshold_of:
             mean = sum(threshold_of.values()) / len(threshold_of)
             return Threshold(mean, f"evaluation on {', '.join(threshold_of)} at step {step} of {run_dir}")

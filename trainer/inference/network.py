@@ -5,21 +5,29 @@
     .safetensors    the tensors of that state; the other three as texts in the metadata, with a description
                     of the input
 
-No code in these files is executed: a .pt file is unpickled to plain values and tensors only.
+No code in these files is executed: a .pt file is unpickled to plain values and tensors only. The network of a
+stored configuration is first built without memory (torch's device "meta"), and its shapes are compared with
+those of the stored tensors, so that it takes no more memory than they do.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from data_pipeline.common import bounded_json
 from data_pipeline.common.atomic_write import staged_file
+from data_pipeline.common.data_file import open_data_file
 from trainer import backbones
 from trainer.backbones import Backbone, BackboneConfig
-from trainer.checkpoint import directory, sharded
+from trainer.checkpoint import directory, pt_file, sharded
 from trainer.checkpoint.checksummed_file import naming_the_cause
 from trainer.config import EngineConfig
 from trainer.inference.optional_import import require
@@ -27,6 +35,9 @@ from trainer.runtime.ranks import Ranks, join
 from trainer.saved_config import from_saved, translated_backbone
 
 SAFETENSORS = ".safetensors"
+# The header of a safetensors file takes about 100 bytes for each tensor.
+_LARGEST_HEADER = 8 << 20
+_CONSTANTS = 100
 
 
 class Network(NamedTuple):
@@ -64,11 +75,19 @@ def network_of(path: Path, ranks: Ranks) -> Network:
         network.model.to(ranks.device)
         return network
     found = sharded.locate(path, group=ranks.group)
-    header = directory.read_manifest(found).header
-    config = from_saved(header.config)
+    manifest = sharded.read_current_manifest(found)
+    try:
+        config = from_saved(manifest.header.config)
+        empty = _empty(config.backbone, config.data.image_size, len(manifest.tensors))
+    except Exception as error:  # torch and pydantic raise many kinds on absurd numbers
+        raise directory.CheckpointError(
+            f"{found}: expected the configuration of a run, found: {_first_line(error)}; use another "
+            "checkpoint"
+        ) from error
+    sharded.require_tensors(found, sharded.backbone_state(empty))
     model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
     sharded.load(found, sharded.backbone_state(model), group=ranks.group)
-    return Network(model, config.backbone, config.data.image_size, header.step, config.engine)
+    return Network(model, config.backbone, config.data.image_size, manifest.header.step, config.engine)
 
 
 def network_alone(path: Path) -> Network:
@@ -111,39 +130,79 @@ def load_backbone(file: Path) -> Backbone:
 
 def read_network(file: Path) -> Network:
     """Read the network in a .pt or .safetensors file to the CPU. Raises ValueError if the file holds none."""
-    content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_pt(file)
+    if file.suffix == SAFETENSORS:
+        require("safetensors", "export")
     try:
+        content = _read_safetensors(file) if file.suffix == SAFETENSORS else pt_file.load(file)
+        if not isinstance(content, dict):
+            raise TypeError("no table")
         config = backbones.parse(translated_backbone(content["backbone"]))
-        image_size = int(content["image_size"])
+        image_size, step, state = int(content["image_size"]), int(content["step"]), content["state"]
+        _require_shapes(_empty(config, image_size, len(state)).state_dict(), state)
         model = backbones.build(config, image_size)
-        model.load_state_dict(content["state"])
-        return Network(model.eval(), config, image_size, int(content["step"]))
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise _no_network(file, error) from error
-
-
-def _read_pt(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
     except Exception as error:  # torch's readers raise many kinds on damaged files
         raise _no_network(file, error) from error
+    return Network(model.eval(), config, image_size, step)
+
+
+def _empty(config: BackboneConfig, image_size: int, stored: int) -> Backbone:
+    """Return the network without memory for its tensors.
+
+    Raises ValueError while it is built if its parameters are far more than the `stored` tensors.
+    """
+    # Constants of the architecture are not stored in a checkpoint.
+    most, found = 2 * stored + _CONSTANTS, itertools.count(1)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(found) > most:
+            raise ValueError(f"a configuration with more than {most} tensors, of which {stored} are stored")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return backbones.build(config, image_size)
+    finally:
+        hook.remove()
+
+
+def _require_shapes(wanted: Mapping[str, torch.Tensor], state: Any) -> None:
+    """Raise ValueError unless a file's tensors have the names and shapes of the network that it describes."""
+    if not isinstance(state, Mapping) or not all(isinstance(one, torch.Tensor) for one in state.values()):
+        raise ValueError("a state that is no table of tensors")
+    for name in wanted.keys() | state.keys():
+        of_file, of_network = (_shape(tensors.get(name)) for tensors in (state, wanted))
+        if of_file != of_network:
+            raise ValueError(f"{of_file} for {name!r}, for which its configuration has {of_network}")
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "no tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:
     package = require("safetensors", "export")
-    try:
-        with package.safe_open(file, "pt") as opened:
-            facts = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return facts | {"backbone": json.loads(facts["backbone"]), "state": state}
-    except (KeyError, ValueError, package.SafetensorError) as error:
-        raise _no_network(file, error) from error
+    with open_data_file(file) as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > _LARGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes, more than {_LARGEST_HEADER}")
+    # The tensors are maps of the file.
+    with package.safe_open(file, "pt") as opened:
+        facts = opened.metadata() or {}
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return facts | {"backbone": bounded_json.parse(facts["backbone"]), "state": state}
 
 
 def _no_network(file: Path, error: Exception) -> ValueError:
-    text = f"no {error}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
-    found = text or type(error).__name__
     return ValueError(
         f"{file}: expected a network that `lgaf checkpoint extract` or `lgaf export --out FILE{SAFETENSORS}` "
-        f"wrote, found: {found}"
+        f"wrote, found: {_first_line(error)}"
     )
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False)[0]
+        return ": ".join([".".join(map(str, first["loc"])), first["msg"]][not first["loc"] :])
+    text = f"no {error}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
+    return text or type(error).__name__

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipeline.common.terminal import printable
+
 _LOG_EVERY_S = 10.0
 
 
@@ -72,7 +74,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._console.print(message, markup=False, soft_wrap=True)
+        self._console.print(printable(message), markup=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

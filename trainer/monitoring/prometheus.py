@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import socket
+import threading
+import time
+from http.server import ThreadingHTTPServer
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, MetricsHandler
 
+from data_pipeline.common.terminal import echo
 from trainer.config import MetricsConfig
 
 _STEP_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _CHECKPOINT_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+# Enough for several servers that scrape at once; each connection has a thread and a file descriptor.
+_MAX_CONNECTIONS = 16
+_REQUEST_S = 5.0
 
 
 class Metrics:
@@ -83,15 +92,59 @@ class Metrics:
         self._bad.set(bad_records)
 
 
+class _Server(ThreadingHTTPServer):
+    """HTTP server of the metrics with a limit of connections, which take file descriptors from the training.
+
+    Further connections are closed at once, or take the place of one that is older than `_REQUEST_S`.
+    """
+
+    allow_reuse_port = False
+    request_queue_size = 64
+
+    def __init__(self, config: MetricsConfig, registry: CollectorRegistry) -> None:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, *_, address = found[0]
+        self._lock = threading.Lock()
+        self._since_s: dict[Any, float] = {}
+        handler = type("Handler", (MetricsHandler,), {"registry": registry, "timeout": _REQUEST_S})
+        super().__init__((str(address[0]), config.port), handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            oldest = min(self._since_s, key=lambda one: self._since_s[one], default=None)
+            is_full = len(self._since_s) >= _MAX_CONNECTIONS
+            if is_full and oldest and time.monotonic() - self._since_s[oldest] > _REQUEST_S:
+                # Its thread, which waits for the client, returns.
+                self._since_s.pop(oldest)
+                with contextlib.suppress(OSError):  # the client has closed it
+                    oldest.shutdown(socket.SHUT_RDWR)
+                is_full = False
+            if not is_full:
+                self._since_s[request] = time.monotonic()
+        if is_full:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._since_s.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore the errors of a connection, such as one that the client has closed."""
+
+
 def serve(metrics: Metrics, config: MetricsConfig) -> None:
     """Serve the metrics from a thread of this process, and print the address.
 
     If the port is in use, that is reported and the run continues without the server.
     """
     try:
-        server, _ = start_http_server(config.port, config.host, metrics.registry)
+        server = _Server(config, metrics.registry)
     except OSError as error:
         text = f"not served: {config.host}:{config.port}: {error.strerror or error}; set metrics.port"
     else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         text = f"at http://{config.host}:{server.server_port}/metrics"
-    print(f"lgaf: metrics {text}", file=sys.stderr, flush=True)
+    echo(f"lgaf: metrics {text}", err=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from trainer.evaluation.protocol import Results
 from trainer.report.page import page, section, table, write_text
 from trainer.report.plots import plots, report_section
+
+_LONGEST_NAME = 100
 
 
 def write(folder: Path, results: Results, about: dict[str, Any]) -> None:
@@ -24,8 +28,9 @@ def write(folder: Path, results: Results, about: dict[str, Any]) -> None:
     write_text(
         folder / "report.html", page(str(about["suite"]), str(about["checkpoint"]), body, kind="evaluation")
     )
-    for plot in plots(results):
-        write_text(folder / f"{_file_name(plot.title)}.svg", plot.file())
+    found = plots(results)
+    for name, plot in zip(_file_names([plot.title for plot in found]), found, strict=True):
+        write_text(folder / f"{name}.svg", plot.file())
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -47,5 +52,11 @@ def _about(about: dict[str, Any]) -> str:
     return section("Details", f'<div class="card table">{table(rows)}</div>')
 
 
-def _file_name(title: str) -> str:
-    return re.sub(r"[^a-z0-9.-]+", "_", title.lower()).strip("_")
+def _file_names(titles: Sequence[str]) -> list[str]:
+    """Return a different plain name for each title."""
+    names: list[str] = []
+    for title in titles:
+        plain = re.sub(r"[^a-z0-9.-]+", "_", title.lower()).strip("_.")[:_LONGEST_NAME]
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([plain], numbered) if name not in names))
+    return names

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_pipeline.common.terminal import echo
 from data_pipeline.source import Source
 from data_pipeline.synthetic.dataset import read_nuisances
 from trainer.checkpoint.sharded import versions
 from trainer.config import Schedule
 from trainer.evaluation.during_training import Evaluation
 from trainer.evaluation.metrics.by_nuisance import Split, by_nuisance
-from trainer.monitoring.metrics_log import read, write_result
+from trainer.monitoring.metrics_log import is_number, read, write_result
 from trainer.report.evaluation import as_json
 from trainer.report.training import write_report
 from trainer.runtime.ranks import Ranks
 
 _FACES = 24
 _EXAMPLE_PAIRS = 12
+_ROW_BYTES = 1000  # of the table of an image's nuisances, at most
 
 
 def conclude(
@@ -34,16 +38,29 @@ def conclude(
     evaluation: Evaluation,
     ranks: Ranks,
 ) -> None:
-    """Write result.json and report.html from the records of the run and its last evaluation."""
+    """Write result.json and report.html from the records of the run and its last evaluation.
+
+    If the report cannot be written, this is shown, and the run has succeeded nevertheless.
+    """
     write_result(run_dir, _result(read(run_dir), schedule, global_batch, evaluation, ranks))
-    write_report(
-        run_dir,
-        results=evaluation.results,
-        faces=source.faces(_FACES),
-        config_text=config_text,
-        pairs=_examples(evaluation),
-        splits=_splits(evaluation),
-    )
+    with _showing_errors(f"{run_dir / 'report.html'} could not be written"):
+        write_report(
+            run_dir,
+            results=evaluation.results,
+            faces=source.faces(_FACES),
+            config_text=config_text,
+            pairs=_examples(evaluation),
+            splits=_splits(evaluation),
+        )
+
+
+@contextlib.contextmanager
+def _showing_errors(text: str) -> Iterator[None]:
+    """Show an error of the block on standard error, after `text`, and continue behind the block."""
+    try:
+        yield
+    except Exception as error:  # of files that only the report needs
+        echo(f"lgaf: {text}: {type(error).__name__}: {error}", err=True)
 
 
 def _result(
@@ -56,19 +73,22 @@ def _result(
     verified = evaluation.verified
     trained = [record for record in records if record["kind"] == "train"]
     untrained = [
-        record
+        record["accuracy"]
         for record in records
-        if (record["kind"], record["step"]) == ("evaluation", 0) and record["set"] in verified
+        if (record["kind"], record["step"]) == ("evaluation", 0)
+        and record.get("set") in verified
+        and is_number(record.get("accuracy"))
     ]
     # The first records include one-time costs: caches, compilation, allocation.
     steady = trained[schedule.log_every :] or trained
+    step_s = [record["step_s"] for record in steady if is_number(record.get("step_s"))]
     return {
         "verification_accuracy": _mean([result.accuracy for result in verified.values()]),
-        "verification_accuracy_untrained": _mean([record["accuracy"] for record in untrained]),
+        "verification_accuracy_untrained": _mean(untrained),
         "verification": {name: result.summary() for name, result in verified.items()},
         "suite": as_json({n: tasks for n, tasks in evaluation.results.items() if n not in verified}),
-        "samples_per_s": len(steady) and global_batch * len(steady) / sum(r["step_s"] for r in steady),
-        "final_loss": trained[-1]["loss"] if trained else None,
+        "samples_per_s": global_batch * len(step_s) / sum(step_s) if sum(step_s) else 0,
+        "final_loss": trained[-1].get("loss") if trained else None,
         "steps": schedule.steps,
         "world_size": ranks.world_size,
         "device": device_name(ranks.device),
@@ -112,7 +132,12 @@ def _splits(evaluation: Evaluation) -> dict[str, Split]:
     for name, pairs in evaluation.sets.items():
         table = pairs.path.with_name(f"{pairs.path.stem}_nuisances.tsv")
         if table.is_file():
-            return by_nuisance(evaluation.verified[name], read_nuisances(table))
+            with _showing_errors(f"{table} is not used in the report"):
+                result = evaluation.verified[name]
+                most_bytes = _ROW_BYTES * (2 * len(result.issame_P) + 1)
+                if table.stat().st_size > most_bytes:
+                    raise ValueError(f"expected at most {most_bytes} bytes, found {table.stat().st_size}")
+                return by_nuisance(result, read_nuisances(table))
     return {}
 
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from data_pipeline.common.terminal import printable
 from trainer.evaluation.protocol import Results, Scores
 from trainer.report.page import figure, table
 
@@ -75,13 +77,14 @@ def show(results: Results) -> None:
         console = Console(highlight=False, width=_LOG_COLUMNS)
     for found in tables(results):
         drawn = RichTable(box=box.SIMPLE_HEAD)
-        drawn.add_column(found.task)
+        drawn.add_column(Text(printable(found.task)))
         for protocol in found.protocols:
-            drawn.add_column(protocol, justify="right")
+            drawn.add_column(Text(printable(protocol)), justify="right")
         for name, values in found.rows.items():
-            drawn.add_row(title(name), *(_cell(name, value) for value in values))
+            drawn.add_row(Text(printable(title(name))), *(_cell(name, value) for value in values))
         console.print(drawn)
-        console.print(*(f"  {convention}" for convention in found.conventions), sep="\n", markup=False)
+        conventions = (printable(f"  {convention}") for convention in found.conventions)
+        console.print(*conventions, sep="\n", markup=False)
     console.print(f"\n{UNIT}")
 
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.common import bounded_json
 from trainer.evaluation.protocol import Results
+from trainer.monitoring.metrics_log import is_number, read_counted
 from trainer.report.charts import Axis, Band, Dots, Drawn, Line, chart, percent
 from trainer.report.page import (
     NARROW_SPACE,
@@ -38,6 +40,7 @@ from trainer.report.page import (
 from trainer.report.plots import report_section
 
 _CURVE_POINTS = 160
+_LARGEST_RESULT = 16 << 20
 _IMAGES_SIDE_BY_SIDE = 6
 # The keys of result.json that are shown as numbers.
 _NUMBERS = (
@@ -124,51 +127,38 @@ def _read_metrics(path: Path) -> _Metrics | None:
     metrics = _Metrics()
     # A run that resumes from a checkpoint logs some steps again; the later record of a step is used.
     latest: dict[tuple[str | None, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        match _json(line):
-            case {"kind": "train", "step": int() as step} as record:
+    records, metrics.unreadable_lines = read_counted(path.parent)
+    for record in records:
+        match record:
+            case {"kind": "train", "step": step}:
                 latest[None, step] = record
-            case {"kind": "evaluation", "step": int() as step, "set": str() as evaluated} as record:
+            case {"kind": "evaluation", "step": step, "set": str() as evaluated}:
                 latest[evaluated, step] = record
-            case {"kind": str()}:
-                pass  # a kind of record that the page does not show
-            case _:
-                # A crash can truncate a line, to which the next record is then appended.
-                metrics.unreadable_lines += bool(line.strip())
     for (name, _), record in sorted(latest.items(), key=lambda item: item[0][1]):
         (metrics.train if name is None else metrics.evaluations.setdefault(name, [])).append(record)
     return metrics
 
 
-def _json(text: str) -> Any:
-    """Parse a text as JSON; return None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
 def _read_result(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    result = _json(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        result = bounded_json.read(path, _LARGEST_RESULT)
+    except (OSError, ValueError):
+        result = None
     if not isinstance(result, dict):
         raise ValueError(
             f"{path}: expected a JSON object, found something else; resume the run to write it again"
         )
     for key in _NUMBERS:
-        if result.get(key) is not None and not _is_number(result[key]):
+        if result.get(key) is not None and not is_number(result[key]):
             raise ValueError(f"{path}: {key}: expected a number, found {result[key]!r:.40}")
     return result
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _series(records: Iterable[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps and values [N] of the records in which the value is a finite number."""
-    found = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
+    found = [(record["step"], record[key]) for record in records if is_number(record.get(key))]
     return np.array([step for step, _ in found]), np.array([value for _, value in found], np.float64)
 
 
@@ -204,7 +194,7 @@ def _tiles(result: dict[str, Any], metrics: _Metrics) -> Iterable[tuple[str, str
 
 def _data_wait_share(metrics: _Metrics) -> float | None:
     """Return the fraction of the time of all logged steps that was spent waiting for data."""
-    timed = [r for r in metrics.train if _is_number(r.get("data_wait_s")) and _is_number(r.get("step_s"))]
+    timed = [r for r in metrics.train if is_number(r.get("data_wait_s")) and is_number(r.get("step_s"))]
     step_s = sum(record["step_s"] for record in timed)
     return sum(record["data_wait_s"] for record in timed) / step_s if step_s else None
 

@@ -13,9 +13,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
+import hashlib
+import hmac
+import ipaddress
 import json
 import os
 import re
+import secrets
+import socket
+import struct
 import sys
 import threading
 import traceback
@@ -27,8 +34,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from data_pipeline.common.terminal import echo
 from trainer.runtime.watchdog import HangError, Pulse
 
+# The same text on all ranks of a job and unknown to other users; the batch scripts of slurm/ create it.
+SECRET = "LGAF_JOB_SECRET"
 # Ports below Linux's range of ephemeral ports (32768 and up).
 _FIRST_PORT, _PORTS = 15_000, 16_000
 _JOIN_TIMEOUT = timedelta(minutes=10)
@@ -87,6 +97,9 @@ def placement(env: Mapping[str, str]) -> Placement:
     """Return the placement from torchrun's variables, else srun's, else that of a single process.
 
     In a Slurm batch script without srun (SLURM_JOB_ID is set, SLURM_STEP_ID is not) it is a single process.
+    Under srun the port follows from the job's secret, so that other users cannot predict it.
+
+    Raises ValueError if srun started several ranks without a secret.
     """
     if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -99,17 +112,29 @@ def placement(env: Mapping[str, str]) -> Placement:
             int(env["MASTER_PORT"]),
         )
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        node = int(env["SLURM_NODEID"])
-        port = _FIRST_PORT + (131 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % _PORTS
+        world_size = int(env["SLURM_STEP_NUM_TASKS"])
+        tasks_by_node = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+        if world_size > 1 and not env.get(SECRET):
+            raise ValueError(
+                f"expected the environment variable {SECRET}, by which the ranks recognise each other, found "
+                f"none; before srun, run: export {SECRET}=$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')"
+            )
         return Placement(
             int(env["SLURM_PROCID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
+            world_size,
             int(env["SLURM_LOCALID"]),
-            tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[node],
-            first_host(env["SLURM_STEP_NODELIST"]),
-            port,
+            tasks_by_node[int(env["SLURM_NODEID"])],
+            first_host(env["SLURM_STEP_NODELIST"]) if len(tasks_by_node) > 1 else "127.0.0.1",
+            _port(env),
         )
     return Placement(0, 1, 0, 1, "127.0.0.1", 0)
+
+
+def _port(env: Mapping[str, str]) -> int:
+    # A requeued job gets another port: the first one may have been in use.
+    step = "/".join(env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    digest = hmac.digest(env.get(SECRET, "").encode(), f"port/{step}".encode(), "sha256")
+    return _FIRST_PORT + int.from_bytes(digest[:8]) % _PORTS
 
 
 def first_host(node_list: str) -> str:
@@ -137,7 +162,15 @@ def join() -> Iterator[Ranks]:
 
     An exception inside the block ends the process with exit code 1; the first rank that fails prints it.
     """
-    where = placement(os.environ)
+    try:
+        where = placement(os.environ)
+    except ValueError as error:
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            echo(f"lgaf: {error}", err=True)
+        _end(1)
+    if _is_on_one_node(where):
+        # By default gloo listens on the address of the host's name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         store = _store(where)
     except (dist.DistError, OSError) as error:
@@ -162,6 +195,7 @@ def join() -> Iterator[Ranks]:
         )
         group = dist.group.WORLD
         assert group is not None
+        _require_known_ranks(where, group)
         yield Ranks(where, group, device, pulse)
         # Rank 0 can host the store, so that no rank may exit while another still needs it.
         dist.barrier()
@@ -186,20 +220,75 @@ def from_first(value: Any, group: dist.ProcessGroup) -> Any:
     return gather_json(value if group.rank() == 0 else None, group)[0]
 
 
+def _is_on_one_node(where: Placement) -> bool:
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == str(where.world_size)
+    return is_alone or where.master_address == "127.0.0.1"
+
+
+def _require_known_ranks(where: Placement, group: dist.ProcessGroup) -> None:
+    """Raise ValueError if a process of the group does not know the job's secret.
+
+    Every rank sends a random number, and then the HMAC of all of them and of its rank. torch's store accepts
+    connections from any process, so that another user's process could have taken the place of a rank.
+    """
+    key = os.environ.get(SECRET, "").encode()
+    numbers = b"".join(_gather_32_bytes(secrets.token_bytes(32), group))
+
+    def proof(rank: int) -> bytes:
+        return hmac.digest(key, b"rank %d of %d/" % (rank, where.world_size) + numbers, hashlib.sha256)
+
+    found = _gather_32_bytes(proof(where.rank), group)
+    unknown = [rank for rank, one in enumerate(found) if not hmac.compare_digest(one, proof(rank))]
+    if unknown:
+        raise ValueError(
+            f"expected the same {SECRET} in the environment of all ranks, found another one on rank(s) "
+            f"{', '.join(map(str, unknown))}: a process of another job or user may have joined; start again"
+        )
+
+
+def _gather_32_bytes(mine: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    found = [torch.empty(32, dtype=torch.uint8) for _ in range(group.size())]
+    dist.all_gather(found, torch.frombuffer(bytearray(mine), dtype=torch.uint8), group=group)
+    return [one.numpy().tobytes() for one in found]
+
+
 def _store(where: Placement) -> dist.Store:
     if where.world_size == 1:
         return dist.HashStore()
+    # torchrun hosts the store in its agent, where it survives a restart of the ranks.
+    is_master = where.rank == 0 and not _has_agent_store()
     store = dist.TCPStore(
         where.master_address,
         where.master_port,
         where.world_size,
-        # torchrun hosts the store in its agent, where it survives a restart of the ranks.
-        is_master=where.rank == 0 and not _has_agent_store(),
+        is_master=is_master,
         timeout=_JOIN_TIMEOUT,
         wait_for_workers=False,
+        # Without a socket, torch would listen on all interfaces.
+        master_listen_fd=_listening(where).detach() if is_master else None,
     )
     # The agent's store is shared by all attempts, which must not see each other's keys.
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _listening(where: Placement) -> socket.socket:
+    """Return a socket that listens on the address by which the other ranks know this host."""
+    family, _, _, _, (host, *_) = socket.getaddrinfo(
+        where.master_address, where.master_port, type=socket.SOCK_STREAM
+    )[0]
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo").split(",")[0]
+    # Some hosts resolve their own name to a loopback address. Several nodes then need gloo's variable anyway.
+    if ipaddress.ip_address(host).is_loopback and interface != "lo":
+        family, host = socket.AF_INET, _address_of(interface)
+    return socket.create_server((host, where.master_port), family=family, backlog=1024)
+
+
+def _address_of(interface: str) -> str:
+    """Return the IPv4 address of a network interface of this host. Raises OSError if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("256s", interface.encode()[:15])
+        answer = fcntl.ioctl(any_socket.fileno(), 0x8915, request)  # SIOCGIFADDR of Linux
+    return socket.inet_ntoa(answer[20:24])
 
 
 def _has_agent_store() -> bool:
@@ -253,10 +342,10 @@ def _show(error: Exception, where: Placement) -> None:
     """Print an error; with its traceback unless it is an error of the user's input or of the system."""
     who = f"rank {where.rank}: " if where.world_size > 1 else ""
     if isinstance(error, ValueError | OSError):
-        print(f"lgaf: {who}{error}", file=sys.stderr, flush=True)
+        echo(f"lgaf: {who}{error}", err=True)
         return
     text = "".join(traceback.format_exception(error))
-    print(f"{text}lgaf: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    echo(f"{text}lgaf: {who}{type(error).__name__}: {error}", err=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -87,7 +87,7 @@ def test_property_may_have_more_lines(dataset):
 
 def test_no_dataset(tmp_path):
     with pytest.raises(
-        ValueError, match=rf"no dataset at {tmp_path}.*train.rec, .*; name such .*data.path .*`lgaf data synth`"
+        ValueError, match=rf"no dataset at {tmp_path}.*train.rec, .*name such .*data.path .*`lgaf data synth`"
     ):
         open_catalog(tmp_path)
 

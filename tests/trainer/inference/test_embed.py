@@ -160,7 +160,7 @@ def test_a_first_batch_without_images(folder, network, tmp_path):
 def test_no_image_at_all_is_an_error(folder, network, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"found 1 files of which none could be read as an image; .*: .*notes\.txt: no known image",
+        match=r"found 1 files of which none could be read as an image; .*: .*notes\.txt: expected a JPEG",
     ):
         embed_into(tmp_path / "faces.npz", network, [folder / "b/notes.txt"])
     (tmp_path / "empty").mkdir()
@@ -226,7 +226,7 @@ def test_the_command_goes_on_and_says_what_is_bad(folder, network, tmp_path):
         app, ["embed", str(folder), "--checkpoint", str(tmp_path / "n.pt"), "--out", str(out)]
     )
     assert done.exit_code == 0, done.output
-    assert f"lgaf: {folder}/b/notes.txt: no known image format" in done.stderr
+    assert f"lgaf: {folder}/b/notes.txt: expected a JPEG, PNG, WebP or BMP image" in done.stderr
     assert f"lgaf: 2 of 7 files could not be read as images; {out} lists all of them" in done.stderr
     assert done.stdout == f"{out}: 5 images\n"
     assert str(read(out)["checkpoint"]) == str(tmp_path / "n.pt")

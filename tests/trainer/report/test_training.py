@@ -271,7 +271,14 @@ def test_a_line_that_a_crash_cut_short_is_counted_and_left_out(tmp_path):
     run_dir = write_run(tmp_path, RECORDS)
     half = json.dumps(train_record(40))[:30]
     with open(run_dir / "metrics.jsonl", "a") as file:
-        file.write(half + json.dumps(train_record(41)) + "\n" + json.dumps({"kind": "later"}) + "\n" + half)
+        file.write(
+            half
+            + json.dumps(train_record(41))
+            + "\n"
+            + json.dumps({"kind": "later", "step": 41})
+            + "\n"
+            + half
+        )
     page = Page(write_report(run_dir))
     assert "2 lines of metrics.jsonl could not be read" in page.text
     assert page.in_("h2")[-1] == "Details"

@@ -4,9 +4,9 @@
     result.accuracy, result.tar_at_far, result.summary()
 
 Everywhere a pair is accepted if its similarity is at least the threshold, so that equal similarities are
-accepted or rejected together. NIST's reports on face recognition count in this way, and so does scikit-learn's
-`roc_curve`, which InsightFace uses. All thresholds are tried, not a fixed set of them. FAR and FMR are the same
-here: no image is rejected before the comparison.
+accepted or rejected together. NIST's reports on face recognition count in this way, and so does
+scikit-learn's `roc_curve`, which InsightFace uses. All thresholds are tried, not a fixed set of them. FAR and
+FMR are the same here: no image is rejected before the comparison.
 
 Shapes: P pairs, N = 2P images of which pair i is 2i and 2i+1, K folds, G genuine pairs, I impostor pairs,
 R points of a curve, V different similarities, B bins.
@@ -98,8 +98,8 @@ def cosine_similarity(emb_ND: np.ndarray) -> np.ndarray:
     if len(bad_N):
         found = "only zeros" if peak_N[bad_N[0]] == 0 else "NaN or infinity"
         raise ValueError(
-            f"expected finite embeddings other than zero, found {len(bad_N)} of {len(emb_ND)} that are not; the "
-            f"first, of image {bad_N[0]}, has {found}; check that the network's weights are finite"
+            f"expected finite embeddings other than zero, found {len(bad_N)} of {len(emb_ND)} that are not; "
+            f"the first, of image {bad_N[0]}, has {found}; check that the network's weights are finite"
         )
     # Divide by the largest entry first, so that no square overflows or underflows.
     emb_ND = emb_ND / peak_N[:, None]
