@@ -1,6 +1,7 @@
 """Hostile images: formats that start programs or crash a decoder, and files that decode to gigabytes."""
 
 import contextlib
+import faulthandler
 import io
 import os
 import re
@@ -304,6 +305,7 @@ def crashing(monkeypatch):
     def crash(file, **options):
         if file.getvalue()[4:6] == b"jP" and os.getpid() != parent:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            faulthandler.disable()
             os.kill(os.getpid(), signal.SIGSEGV)
         return real(file, **options)
 
