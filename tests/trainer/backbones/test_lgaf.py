@@ -323,7 +323,7 @@ def test_the_local_branch_costs_little():
 
 @pytest.mark.parametrize("heads", [[[3, 4]], [[3], []], [[-1]]])
 def test_kernels_without_a_centre_are_refused(heads):
-    with pytest.raises(ValidationError, match=r"kernel sizes .* each odd and positive"):
+    with pytest.raises(ValidationError, match=r"kernel size.* each odd and positive"):
         MHMSConfig(heads=heads)
 
 

@@ -201,7 +201,7 @@ def test_every_parameter_is_trained_and_bf16_stays_near(small, images):
 
 def test_a_patch_larger_than_the_image_is_refused():
     with pytest.raises(
-        ValueError, match=r"backbone\.patch is 20 pixels, expected at most data\.image_size, 17"
+        ValueError, match=r"backbone\.patch: expected at most data\.image_size, 17 pixels, found 20"
     ):
         build(ViTConfig(patch=20), 17)
 
