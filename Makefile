@@ -8,6 +8,8 @@ DEMO_OPTIONS ?=
 HASHES ?=
 # As -c constraints.txt, for the packages that build source archives too.
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+# torchrun --standalone would listen on all interfaces and unpickle what it receives.
+SECRET := LGAF_JOB_SECRET=$$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')
 # For each reader; `make fuzz FUZZ_SECONDS=600` looks longer.
 FUZZ_SECONDS ?= 60
 
@@ -24,7 +26,8 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/lgaf data synth $(DEMO_DATA) --config configs/demo_data.toml
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m trainer train configs/demo.toml $(DEMO_OPTIONS)
+	$(SECRET) $(BIN)/torchrun --nproc-per-node 2 --master-port $$((15000 + $$$$ % 16000)) -m trainer train \
+		configs/demo.toml $(DEMO_OPTIONS)
 
 test: install
 	$(BIN)/pytest

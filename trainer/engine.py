@@ -13,7 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
+import tempfile
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -337,7 +340,28 @@ def _compile(model: Backbone) -> None:
             f"engine.compile: expected torch in a folder without spaces in its path, found {torch.__file__}; "
             "move the environment, or set engine.compile = false"
         )
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiler_cache())
     model.compile()
+
+
+def _compiler_cache() -> str:
+    """Return a folder that only this user can write.
+
+    torch unpickles the files of its cache, by default a folder of /tmp that another user can create first.
+    """
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lgaf" / "compiled"
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = place.lstat()
+        is_private = (
+            found.st_uid == os.geteuid() and not found.st_mode & 0o022 and stat.S_ISDIR(found.st_mode)
+        )
+    except OSError:  # such as a home that cannot be written
+        is_private = False
+    # torch does not quote this path for the compiler either.
+    if is_private and os.access(place, os.W_OK) and " " not in str(place):
+        return str(place)
+    return tempfile.mkdtemp(prefix="lgaf-compiled-")
 
 
 def uses_bf16(config: EngineConfig, device: torch.device) -> bool:

@@ -29,6 +29,8 @@ def staged(out: Path) -> Iterator[Path]:
     full.
     """
     require_empty(out)
+    if out.is_symlink() and out.lstat().st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{out}: expected your own folder, found another user's link; choose another name")
     out = out.resolve()
     if out.is_mount():
         raise ValueError(f"{out}: expected a new folder, found the root of a disk; name a folder in it")

@@ -20,6 +20,7 @@ from data_pipeline.formats.recordio import RecordWriter
 from data_pipeline.formats.recordio_writer import FlatWriter
 from data_pipeline.formats.tar_writer import ShardWriter
 from data_pipeline.quarantine import BadRecord, Quarantine
+from tests.conftest import require_root
 from trainer import backbones
 from trainer.inference import network
 from trainer.inference.export import export
@@ -197,3 +198,16 @@ def test_an_output_that_is_a_device_is_refused(tmp_path):
         locked(tmp_path),
     ):
         pass
+
+
+def test_a_link_of_another_user_at_an_output_folder_is_not_followed(tmp_path):
+    require_root("giving a link to another user")
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "elsewhere")
+    os.lchown(link, 12345, 12345)
+    with (
+        pytest.raises(ValueError, match="out: expected your own folder, found another user's link"),
+        staged(link),
+    ):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

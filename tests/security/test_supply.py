@@ -137,3 +137,20 @@ def test_ci_installs_with_hashes_and_everyone_with_constraints():
         assert all("--require-hashes --no-deps" in line for line in installs[:-1])
         assert "PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt" in installs[-1]
         assert ("--no-build-isolation" in installs[-1]) == bool(hashed)
+
+
+def test_the_compilers_cache_is_a_folder_that_only_its_user_can_write(tmp_path, monkeypatch):
+    from trainer.engine import _compiler_cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = tmp_path / "lgaf" / "compiled"
+    assert _compiler_cache() == str(place)
+    assert place.stat().st_mode & 0o077 == 0
+    place.chmod(0o777)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    other = _compiler_cache()
+    assert other != str(place)
+    assert os.stat(other).st_mode & 0o077 == 0
+    place.rmdir()
+    place.symlink_to(other)
+    assert _compiler_cache() not in (str(place), other)
