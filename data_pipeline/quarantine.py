@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.common.atomic_write import open_to_append
+from data_pipeline.common.data_file import lines_of
 from data_pipeline.common.terminal import echo
 
 # Number of bad records that is always tolerated: at the start of a run a share of the samples is too coarse.
 ALWAYS_TOLERATED = 10
+_MOST_LINE_CHARS = 1 << 16
 
 
 class BadRecord(NamedTuple):
@@ -121,4 +123,4 @@ def substitutes(sample: int, global_batch: int) -> Iterator[int]:
 def _lines(path: Path) -> set[str]:
     if not path.is_file():
         return set()
-    return set(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True))
+    return set(lines_of(path, _MOST_LINE_CHARS, encoding="utf-8", errors="replace"))

@@ -90,7 +90,15 @@ class PartialFC:
             )
         self.num_classes = num_classes
         self.classes = partition.class_range(num_classes, *collectives.rank_and_size(group))
-        self.weight_RD = torch.empty(len(self.classes), embedding_size, dtype=dtype, device=device)
+        shape = len(self.classes), embedding_size
+        try:
+            self.weight_RD = torch.empty(shape, dtype=dtype, device=device)
+        except (RuntimeError, MemoryError) as error:
+            size_gb = dtype.itemsize * shape[0] * shape[1] / 1e9
+            raise ValueError(
+                f"expected {size_gb:.1f} GB of memory for this rank's class rows, {shape}, found too little; "
+                f"correct the labels if there are not {num_classes:,} classes, or use more ranks"
+            ) from error
         _fill_initial(self.weight_RD, self.classes, seed)
         self._optimizer = config.optimizer.build(self.weight_RD)
         self._margin = config.margin.build(device)

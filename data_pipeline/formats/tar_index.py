@@ -53,6 +53,8 @@ _META = re.compile(rb"__[^/]*__($|/)")
 _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
 # Limits for the lengths that a damaged or hostile file claims for names and labels.
 _LONGEST_HEADER = 1 << 20
+# Writers pad an archive to their block size.
+_LONGEST_PADDING, _CHUNK = 1 << 26, 1 << 20
 _LONGEST_NAME = 4096  # of a path in Linux; a pax header can set one name for all members that follow
 _LONGEST_LABEL = {"cls": 64, "json": 1 << 20}
 
@@ -210,6 +212,17 @@ def _members(data: mmap.mmap, where: str) -> Iterator[tuple[bytes, int, int]]:
             if not (name.startswith(b"__") and _META.match(name)):
                 yield name, start, length
         pax = for_all
+    _require_end(data, where, at)
+
+
+def _require_end(data: mmap.mmap, where: str, end: int) -> None:
+    """Raise ShardError unless only zeros, a limited number of them, follow the end of the archive."""
+    for at in range(end, len(data), _CHUNK):
+        if at - end > _LONGEST_PADDING or data[at : at + _CHUNK].strip(b"\0"):
+            raise ShardError(
+                f"{where}: expected nothing after the end of the archive at byte {end}, found more; do not "
+                "concatenate archives, write one archive per shard"
+            )
 
 
 def _extended_fields(data: mmap.mmap, kind: bytes, start: int, length: int, where: str) -> dict[bytes, bytes]:

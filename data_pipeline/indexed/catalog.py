@@ -246,7 +246,8 @@ def _is_catalog_of(datasets: Sequence[Dataset], arrays: dict[str, np.ndarray], f
     if len(largest) != len(datasets) or not all(type(at) is int and 0 <= at < total for at in largest):
         return False
     return bool(
-        zlib.crc32(label_N.data) == facts["labels_crc32"]
+        type(facts["classes"]) is int
+        and zlib.crc32(label_N.data) == facts["labels_crc32"]
         and label_N.min() >= 0
         and label_N.max() == label_N[largest[-1]] == facts["classes"] - 1
         and records.file_N.min() >= 0
@@ -254,7 +255,7 @@ def _is_catalog_of(datasets: Sequence[Dataset], arrays: dict[str, np.ndarray], f
         and records.offset_N.min() >= 0
         and records.length_N.min() >= 0
         and all(0 <= at < total for at in [*records.damaged_K[:1], *records.damaged_K[-1:]])
-        and (np.diff(records.damaged_K) > 0).all()
+        and (records.damaged_K[1:] > records.damaged_K[:-1]).all()
     )
 
 

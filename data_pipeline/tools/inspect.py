@@ -34,7 +34,7 @@ def contact_sheet(
     Every image is `size` pixels wide and high, with its label below; with `augmentation`, it is augmented as
     for training. Raises DecodeError like `image_kinds`.
     """
-    present = np.flatnonzero(np.bincount(catalog.label_N))
+    present = np.unique(catalog.label_N)
     chosen = present[_spread(len(present), classes)].tolist()
     of_class = (_intact(catalog, np.flatnonzero(catalog.label_N == label)) for label in chosen)
     records = [found[:images] for found in of_class]

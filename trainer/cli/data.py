@@ -159,7 +159,9 @@ def inspect(
     for name, value in _facts(catalog):
         echo(f"{name:<18}{value}")
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    inspection.contact_sheet(catalog, **_SHEET, augmentation=changes).save(sheet, "PNG")
+    image = inspection.contact_sheet(catalog, **_SHEET, augmentation=changes)
+    with staged_file(sheet) as partial:
+        image.save(partial, "PNG")
     echo(f"{'contact sheet':<18}{sheet}")
 
 
@@ -264,7 +266,11 @@ def validate(
 
 
 def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:
-    count_C = np.bincount(catalog.label_N, minlength=catalog.num_classes)
+    # Without an entry for each class: a single wrong label can claim billions of them.
+    count_L = np.sort(np.unique(catalog.label_N, return_counts=True)[1])
+    empty = catalog.num_classes - len(count_L)
+    middle = [at // 2 - empty for at in (catalog.num_classes - 1, catalog.num_classes)]
+    median = sum(int(count_L[at]) if at >= 0 else 0 for at in middle) / 2
     yield "images", f"{len(catalog)} (keys {catalog.key_N.min()} to {catalog.key_N.max()})"
     for dataset in catalog.datasets:
         files = dataset.files
@@ -277,7 +283,7 @@ def _facts(catalog: Catalog) -> Iterator[tuple[str, str]]:
     yield "labels", f"{catalog.label_N.min()} to {catalog.label_N.max()}"
     yield (
         "images per class",
-        f"{count_C.min()} to {count_C.max()}, median {np.median(count_C):g}, {(count_C == 0).sum()} empty",
+        f"{0 if empty else count_L[0]} to {count_L[-1]}, median {median:g}, {empty} empty",
     )
     yield "damaged records", f"{len(catalog.damaged_K)}"
     for reason in catalog.damage(_DAMAGE_NAMED):

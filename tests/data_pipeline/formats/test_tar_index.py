@@ -412,3 +412,13 @@ def test_a_checksum_of_signed_bytes_is_accepted(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     with pytest.raises(ShardError, match=r"s\.tar: expected a tar shard, found no such file"):
         index_shard(tmp_path / "s.tar")
+
+
+def test_concatenated_archives_are_refused_and_padding_is_not(shards):
+    path = paths_of(shards[0])[0]
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(1 << 20))
+    assert len(samples_in(path)) == 4
+    path.write_bytes(content + content)
+    with pytest.raises(ShardError, match="expected nothing after the end of the archive at byte"):
+        index_shard(path)

@@ -43,6 +43,13 @@ def read_table(path: Path, columns: Columns, *, delimiter: str | None = None, he
         raise ProtocolFileError(
             f"{path}: expected lines of {_fields(dtype)}, found none; copy the file again"
         )
+    for name in dtype.names or ():
+        if table[name].dtype.kind == "f" and not np.isfinite(table[name]).all():
+            line = header + 1 + int(np.argwhere(~np.isfinite(table[name]))[0][0])
+            raise ProtocolFileError(
+                f"{path}: expected finite numbers as {name}, found others, the first about line {line}; "
+                "copy the file again"
+            )
     return table
 
 

@@ -240,3 +240,13 @@ def test_embeddings_that_do_not_fit_or_have_no_direction_are_told(small):
             ValueError, match=rf"6\.jpg: expected a finite embedding other than zero, found {found}"
         ):
             protocol.score(emb)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_confidence_that_is_not_finite_is_refused(small, bad):
+    path = small / "meta" / "ijbc_name_5pts_score.txt"
+    lines = path.read_text().splitlines()
+    lines[2] = " ".join([*lines[2].split()[:-1], bad])
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ProtocolFileError, match=r"expected finite numbers as confidence.* line 3"):
+        IJB(small)
