@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipeline.common.redaction import redacted
+from data_pipeline.common.redaction import canonical
 from data_pipeline.config import DataConfig
 from data_pipeline.formats.container import RecordError
 from data_pipeline.indexed.catalog import open_catalog
@@ -82,7 +82,7 @@ class RemoteSource:
         self._config, self._urls = config, shard_urls(config.shards)
         self.num_classes = config.num_classes
         # Without credentials, which may differ when the run resumes.
-        urls_crc32 = zlib.crc32("\n".join(map(redacted, self._urls)).encode())
+        urls_crc32 = zlib.crc32("\n".join(map(canonical, self._urls)).encode())
         self.fingerprint = {
             "shards": len(self._urls),
             "classes": config.num_classes,

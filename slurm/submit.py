@@ -7,8 +7,11 @@
    this folder and the log folder.
 """
 
+import contextlib
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,15 +92,35 @@ def _submit(config: Path, overrides: list[str], logs: Path, resources: dict[str,
     executor = submitit.AutoExecutor(folder=logs / "%j", cluster="slurm")
     given = {name: value for name, value in resources.items() if value is not None}
     executor.update_parameters(name="lgaf", slurm_additional_parameters={"requeue": True}, **given)
+    logs.mkdir(parents=True, exist_ok=True)
     try:
-        job = executor.submit(train, config, overrides)
+        with _private_files() as mask:
+            job = executor.submit(train, config, overrides)
     except FailedJobError as error:
         raise ValueError(
             f"expected sbatch to accept the job, found: {error}; requested {given}; change the request"
         ) from error
-    # The overrides may contain credentials, in the URLs of shards.
-    job.paths.submitted_pickle.chmod(0o600)
+    job.paths.folder.chmod(0o777 & ~mask)
     return job
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[int]:
+    """Create files that only their owner can read; return the umask, which the job keeps.
+
+    The pickled overrides may contain credentials, in the URLs of shards. sbatch gives the job the umask in
+    SLURM_UMASK.
+    """
+    mask = os.umask(0o077)
+    given = os.environ.get("SLURM_UMASK")
+    os.environ["SLURM_UMASK"] = f"{mask:04o}"
+    try:
+        yield mask
+    finally:
+        os.umask(mask)
+        del os.environ["SLURM_UMASK"]
+        if given is not None:
+            os.environ["SLURM_UMASK"] = given
 
 
 def _wait(job: submitit.Job[None]) -> None:

@@ -19,13 +19,13 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import aiohttp
 import fsspec
 from fsspec.asyn import get_loop
 
-from data_pipeline.common.redaction import redacted
+from data_pipeline.common.redaction import redacted, redacted_text
 
 _Chunks = AsyncGenerator[tuple[int, bytes], None]
 
@@ -37,13 +37,16 @@ _RANGE_BYTES = 8 << 20
 _LONGEST_PADDING = 64 << 20
 _LONGEST_PAUSE_S = 60.0
 _KILLED_S = 1.0
-# Runs the command $1. A guard beside it kills the process group when standard input ends, which it does even
-# if this process is killed or exits without cleaning up.
+_OUTPUT_BYTES = 1 << 16
+# Runs the command in the variable LGAF_COMMAND: other users can read the arguments of a process, not its
+# environment. A guard beside it kills the process group when standard input ends, which it does even if this
+# process is killed or exits without cleaning up.
 _GUARDED = """
 exec 3<&0
 { read -r _; kill -KILL 0; } <&3 3<&- >&- 2>&- &
 exec 3<&- </dev/null
-/bin/sh -c "$1"
+/bin/sh -c 'eval "unset LGAF_COMMAND
+$LGAF_COMMAND"'
 status=$?
 { kill -KILL $!; wait $!; } 2>/dev/null
 exit $status
@@ -87,9 +90,11 @@ def require_reader(url: str) -> None:
             f"{redacted(url)}: a package that reads {protocol}:// is not installed: {how}"
         ) from error
     except ValueError as error:
+        # Everything before "://" is the protocol, even a command.
+        found = f"{protocol}://" if re.fullmatch(r"[a-z][a-z\d+.-]{0,15}", protocol) else "another text"
         raise ValueError(
             f"{redacted(url)}: expected pipe:, http://, https://, a local path or a protocol of fsspec, "
-            f"found {protocol}://; correct it"
+            f"found {found}; correct it"
         ) from error
 
 
@@ -160,7 +165,7 @@ class Stream:
             try:
                 return self._new_bytes()
             except (_FinalError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-                found = redacted(str(error), self._url)
+                found = redacted_text(str(error), self._url)
                 raise RemoteError(f"{self.name}: cannot be read: {found}") from error
             # fsspec does not document the exceptions of its filesystems on network failures.
             except Exception as error:
@@ -168,7 +173,7 @@ class Stream:
             if attempt < self._patience.attempts:
                 pause_s = min(self._patience.backoff_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
                 self._waits.wait(asyncio.sleep(pause_s))
-        found = redacted(str(reason), self._url) or type(reason).__name__
+        found = redacted_text(str(reason), self._url) or type(reason).__name__
         if isinstance(reason, TimeoutError):
             found = f"no data for {self._patience.timeout_s:g} s"
         raise RemoteError(
@@ -218,16 +223,17 @@ def _chunks(url: str, start: int, timeout_s: float) -> _Chunks:
     TimeoutError after `timeout_s` without data, and _FinalError for an error that will not pass.
     """
     if url.startswith("pipe:"):
-        return _from_command(url.removeprefix("pipe:"), timeout_s)
+        return _from_command(url, timeout_s)
     if url.startswith(("http://", "https://")):
         return _from_http(url, start, timeout_s)
     return _from_filesystem(url, start, timeout_s)
 
 
-async def _from_command(command: str, timeout_s: float) -> _Chunks:
+async def _from_command(url: str, timeout_s: float) -> _Chunks:
     with tempfile.TemporaryFile() as errors, _lifeline() as lifeline:
         process = await asyncio.create_subprocess_exec(
-            *("/bin/sh", "-c", _GUARDED, "sh", command),
+            *("/bin/sh", "-c", _GUARDED),
+            env=os.environ | {"LGAF_COMMAND": url.removeprefix("pipe:")},
             stdin=lifeline,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
@@ -251,9 +257,20 @@ async def _from_command(command: str, timeout_s: float) -> _Chunks:
                 with contextlib.suppress(TimeoutError):
                     await _in_time(process.wait(), _KILLED_S)
         if status:
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
-            output = errors.read().decode(errors="replace").strip()
+            output = _end_of(errors, url)
             raise OSError(f"status {status} of the command{f', with the output: {output}' if output else ''}")
+
+
+def _end_of(file: IO[bytes], url: str) -> str:
+    """Return the last 500 characters of a command's output, without credentials and without half a word.
+
+    A credential that is cut is no longer recognised, so it is removed before the text is cut.
+    """
+    skipped = max(0, file.seek(0, os.SEEK_END) - _OUTPUT_BYTES)
+    file.seek(skipped)
+    text = file.read().decode(errors="replace")
+    text = redacted_text(text.partition("\n")[2] if skipped else text, url).strip()
+    return text if len(text) <= 500 else "".join(text[-500:].split(None, 1)[1:])
 
 
 @contextlib.contextmanager

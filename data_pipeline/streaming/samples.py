@@ -21,6 +21,7 @@ import queue
 import tarfile
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from braceexpand import braceexpand
 from webdataset.tariterators import group_by_keys
 
 from data_pipeline import philox, shuffle
-from data_pipeline.common.redaction import redacted
+from data_pipeline.common.redaction import canonical, redacted
 from data_pipeline.formats.container import LARGEST_LABEL
 from data_pipeline.formats.tar_index import label_of_cls, label_of_json
 from data_pipeline.streaming.bounded_tar import LimitError, files_in, key_and_suffix
@@ -59,22 +60,28 @@ class Sample(NamedTuple):
 def shard_urls(patterns: Sequence[str]) -> list[str]:
     """Return all shards that the patterns name, braces expanded ({000..099}, {a,b}), sorted.
 
-    The order does not depend on credentials, which may differ when a run resumes.
+    The order does not depend on credentials, which may differ when a run resumes: URLs that differ only in
+    credentials stay in the order of the list.
 
     Raises ValueError if there is no shard or more than a million, if one is named twice, or if a URL has an
     unsupported protocol.
     """
     require_few(patterns)
-    try:
-        expanded = [url for pattern in patterns for url in braceexpand(pattern, escape=False)]
-    except ValueError as error:
-        raise ValueError(f"data.shards: expected pairs of braces, found: {redacted(str(error))}") from error
-    urls = sorted(expanded, key=lambda url: (redacted(url), url))
+    urls: list[str] = []
+    for pattern in patterns:
+        try:
+            urls += braceexpand(pattern, escape=False)
+        except ValueError as error:
+            raise ValueError(
+                f"data.shards: expected pairs of braces, found {redacted(pattern)[:200]!r}; "
+                "correct its braces"
+            ) from error
+    urls.sort(key=canonical)
     if not urls:
         raise ValueError(
             f"expected the URLs of at least one shard, found none in {[*map(redacted, patterns)]}"
         )
-    twice = [url for url, following in itertools.pairwise(urls) if url == following]
+    twice = [url for url, count in Counter(urls).items() if count > 1]
     if twice:
         raise ValueError(
             f"expected every shard once, found {len(twice)} repeated, first {redacted(twice[0])}; "
@@ -217,8 +224,10 @@ def _endless(
 ) -> Iterator[Sample]:
     """Yield the samples of a rank, from sample number `done` of the shard at `position` on."""
     while True:
-        url = urls[shard_of(seed, position, len(urls))]
-        with contextlib.closing(Stream(url, patience, waits)) as stream:
+        number = shard_of(seed, position, len(urls))
+        with contextlib.closing(Stream(urls[number], patience, waits)) as stream:
+            if urls[number].startswith("pipe:"):  # the name does not tell one command from another
+                stream.name += f" (shard {number})"
             yield from _of_shard(stream, seed, position, done, position + world_size, window, most_bytes)
         position, done = position + world_size, 0
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.common.redaction import redacted
+from data_pipeline.common.redaction import redacted_values
 from data_pipeline.common.terminal import echo
 from trainer.checkpoint import directory
 
@@ -45,7 +45,7 @@ def show(checkpoint: Annotated[Path, _EITHER]) -> None:
     echo(f"versions  {_pairs(header.versions)}")
     for name, entry in manifest.files.items():
         echo(f"file      {name}: {entry.size} bytes, CRC-32 {entry.crc32}")
-    echo(f"configuration\n{redacted(json.dumps(header.config, indent=2))}")
+    echo(f"configuration\n{json.dumps(redacted_values(header.config), indent=2)}")
 
 
 @app.command()
