@@ -8,6 +8,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import time
 import urllib.request
 
 import pytest
@@ -237,8 +238,15 @@ def test_a_lost_file_system_is_waited_out(disk, faces, tmp_path):
         os.close(handle)
 
     def mend():
-        subprocess.run(["umount", "--lazy", disk], check=True)
-        subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+        """Mount it again. While a rank still has a file open there, the kernel mounts the lost one."""
+        for _ in range(600):
+            subprocess.run(["umount", "--lazy", disk], check=True)
+            subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+            try:
+                return (disk / "works").touch()
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError("the file system stays lost")
 
     wait_out(run_dir, faces, tmp_path, "Input/output error", mend, spoil=lose)
 
