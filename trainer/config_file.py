@@ -10,6 +10,7 @@ keys of a model, so that the help matches the accepted keys.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 import textwrap
@@ -25,16 +26,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from data_pipeline.common.data_file import read_data_file
-from data_pipeline.common.redaction import redacted
+from data_pipeline.common.redaction import redacted, redacted_text, redacted_values
 
 M = TypeVar("M", bound=BaseModel)
 # Configurations have a few kilobytes; lists of shards can be longer.
 _MOST_BYTES = 1 << 20
 _MOST_PARTS = 32
-# tomllib takes quadratic time and memory for a dotted key of many parts.
+_MOST_SHOWN = 4096
+# tomllib takes quadratic time and memory for a dotted key of many parts. No key begins behind a backslash:
+# without this condition, every escaped quote of a long line would be tried up to the line's end.
 _LONG_KEY = re.compile(
-    rf"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{_MOST_PARTS}}}"""
+    rf"""(?<![\w\\-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{_MOST_PARTS}}}"""
 )
+_DOTTED = re.compile(r"[\w-]++(?:\.[\w-]++)*+")
 _MOST_ERRORS = 50
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -98,7 +102,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
             f"{path}: expected a configuration file (TOML), found: {error.strerror or error}"
         ) from error
     except ValueError as error:  # both tomllib's and the decoder's
-        raise ValueError(f"{path}: expected TOML, found: {error}; correct it there") from error
+        raise ValueError(
+            f"{path}: expected TOML, found: {redacted_text(str(error))}; correct it there"
+        ) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> str:
@@ -106,7 +112,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     name, equals, text = override.partition("=")
     name = name.strip()
     *tables, last = name.split(".")
-    if not equals or not last or not all(tables):
+    if not equals or not _DOTTED.fullmatch(name):
         raise ValueError(f"--set {_shown(override)}: expected key=value, as in --set seed=7")
     for depth, table in enumerate(tables, 1):
         tree = tree.setdefault(table, {})
@@ -136,15 +142,15 @@ def _explain(
     loc, table = _resolve(model, error["loc"])
     name = ".".join(map(str, loc))
     where = _where(name, path, overridden)
+    name = redacted(name[:_MOST_SHOWN])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key {name}{_nearest(model, table, error['loc'], loc)}"
     if error["type"] == "union_tag_invalid":
         tag, found = error["ctx"]["discriminator"].strip("'"), error["ctx"]["tag"]
         nearest = difflib.get_close_matches(found, re.findall(r"'([^']+)'", error["ctx"]["expected_tags"]), 1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        return (
-            f"{where}: {name}.{tag}: expected one of {error['ctx']['expected_tags']}, found {found!r}{hint}"
-        )
+        expected = f"{name}.{tag}: expected one of {error['ctx']['expected_tags']}"
+        return f"{where}: {expected}, found {_shown(found)}{hint}"
     subject = f"{where}: {name}" if name else where
     if error["type"] == "model_attributes_type":  # of tables with kinds only
         kinds = _kinds(table.model_fields[str(loc[-1])].annotation)
@@ -163,7 +169,22 @@ def _explain(
 
 def _shown(value: Any) -> str:
     """Return a value for a message, cut off after 80 characters."""
-    return redacted(repr(value))[:80]
+    return repr(redacted_values(_shortened(value)))[:80]
+
+
+def _shortened(value: Any, levels: int = 3) -> Any:
+    """Return the beginning of a value, so that a long one takes no long time to be shown."""
+    match value:
+        case str():
+            return value[:_MOST_SHOWN]
+        case list() | dict() if not levels:
+            return "..."
+        case list():
+            return [_shortened(item, levels - 1) for item in value[:_MOST_PARTS]]
+        case dict():
+            first = itertools.islice(value.items(), _MOST_PARTS)
+            return {key[:_MOST_SHOWN]: _shortened(item, levels - 1) for key, item in first}
+    return value
 
 
 def _where(name: str, path: Path | None, overridden: list[str]) -> str:

@@ -21,6 +21,10 @@ _JPEG_MARKER = re.compile(rb"\xff([\x01-\xfe])")
 _SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _NO_LENGTH = frozenset([0x01, *range(0xD0, 0xD8)])
 _NO_IMAGE = frozenset([0xD8, 0xD9, 0xDA])  # start, end and pixels
+# A decoder of progressive JPEG runs over all pixels once per scan. Encoders write about 10 scans.
+_SCAN_HEADER = re.compile(rb"\xff\xda\0[\x08-\x0e]")
+_SCAN_BYTES = 10  # of a scan without pixels
+_MOST_SCANS = 64
 # Profiles and previews come before the size, in segments of up to 64 KiB.
 _MOST_SEGMENTS = 1000
 
@@ -32,12 +36,15 @@ class UnknownFormatError(ValueError):
 def image_size(encoded: np.ndarray) -> tuple[int, int]:
     """Return width and height of an encoded image, uint8 [n], in pixels.
 
-    Raises UnknownFormatError, or ValueError if the header holds no size; the message is the reason.
+    Raises UnknownFormatError, or ValueError if the header holds no size or a JPEG has too many scans; the
+    message is the reason.
     """
     data = encoded.data
     try:
         if data[:3] == b"\xff\xd8\xff":
             size = _jpeg_size(data)
+            if size is not None:
+                _check_scans(encoded, *size)
         elif data[:16] == _PNG:
             size = struct.unpack_from(">II", data, 16)
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -87,6 +94,16 @@ def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
         if marker not in _NO_LENGTH:
             at += struct.unpack_from(">H", data, at)[0]
     return None
+
+
+def _check_scans(encoded: np.ndarray, width: int, height: int) -> None:
+    # Most images are too small for scans that take long: for them the search would be the larger cost.
+    if len(encoded) // _SCAN_BYTES * width * height <= _MOST_SCANS * SIDES_PX[1] ** 2:
+        return
+    # Coded pixels never contain the marker. Other data behind the image can: only then its length is read.
+    markers = np.count_nonzero((encoded[:-1] == 0xFF) & (encoded[1:] == 0xDA))
+    if markers > _MOST_SCANS and (scans := len(_SCAN_HEADER.findall(encoded.data))) > _MOST_SCANS:
+        raise ValueError(f"a JPEG of {scans} scans, expected at most {_MOST_SCANS}; save it again with fewer")
 
 
 def _webp_size(data: memoryview) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from data_pipeline.common.data_file import read_data_file
 from data_pipeline.common.image_header import (
@@ -19,6 +19,7 @@ from data_pipeline.common.image_header import (
 
 # An uncompressed image of 4096x4096 pixels with four channels of 16 bits has half of this.
 _MOST_BYTES = 1 << 28
+_TILE_SIZE = (322, 323)  # the tags of a TIFF for the width and the length of its tiles
 
 
 class DecodeError(ValueError):
@@ -57,6 +58,12 @@ def decoded(
         _check_header(encoded, name, max_side, is_known=not other_formats)
         image = Image.open(io.BytesIO(encoded.data), formats=[*FORMATS, *other_formats])
         _check_size(image.size, name, max_side)  # Pillow's size counts if a file states two
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # A tile is decoded as a whole, also if it is larger than the image.
+            width, height = (image.tag_v2.get(tag, 1) for tag in _TILE_SIZE)
+            reason = wrong_size(width, height, low=1, high=max_side)
+            if reason is not None:
+                raise TooLargeError(name, f"a tile of {reason}")
         image.load()
     except DecodeError:
         raise

@@ -220,6 +220,35 @@ def test_the_size_of_a_converted_format_is_read_before_its_pixels(kind, tmp_path
     assert pack.pack_folder(folder, tmp_path / "out", pack.PackOptions(max_side=5000)).images == 1
 
 
+def test_a_tile_larger_than_its_image_is_read_before_its_pixels(monkeypatch):
+    def tiff(side):
+        tags = {256: 100, 257: 100, 258: 8, 259: 5, 262: 1, 277: 1, 322: side, 323: side, 324: 134, 325: 64}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(68)
+
+    loaded = []
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", lambda image: loaded.append(image))
+    with pytest.raises(DecodeError, match="x cannot be decoded: a tile of 46000x46000 pixels"):
+        decoded(array(tiff(46000)), "x", other_formats=("TIFF",))
+    assert not loaded
+    decoded(array(tiff(256)), "x", other_formats=("TIFF",))
+    assert loaded
+
+
+@pytest.mark.parametrize("kind", ["progressive", "sequential"])
+def test_a_jpeg_of_thousands_of_scans_is_refused(kind):
+    data = bytearray(encoded("JPEG", (4096, 4096), "L", progressive=kind == "progressive"))
+    at = data.rindex(b"\xff\xda")
+    scan = bytes(data[at : at + 30])
+    bomb = bytes(data[:at]) + scan * 100 + bytes(data[at:])
+    for attempt in (decode, lambda data: decoded(array(data), "row 0")):
+        with pytest.raises(DecodeError, match=r"a JPEG of 1\d\d scans, expected at most 64"):
+            attempt(bomb)
+    assert image_header.image_size(array(data)) == (4096, 4096)
+    appended = bytes(data) + b"\xff\xda\xff\xff" * 100  # as in a video behind a photograph
+    assert image_header.image_size(array(appended)) == (4096, 4096)
+
+
 def test_the_limit_is_a_key(tmp_path):
     folder = folder_of(tmp_path, {"a/1.png": encoded("PNG", (5000, 17)), "a/2.png": encoded("PNG")})
     context = LoaderContext(

@@ -223,6 +223,13 @@ def test_a_configuration_for_which_tomllib_needs_quadratic_time_or_a_deep_stack_
     assert not parsed or "nested" in found
 
 
+@pytest.mark.parametrize("line", ["# " + '\\"' * 500_000, "# '" + '"\\"' * 300_000, '#" ' * 300_000])
+def test_quotes_in_a_long_comment_are_searched_once(tmp_path, line):
+    """Before, the search for long keys took more than ten minutes."""
+    (tmp_path / "x.toml").write_text(f"{line}\nseed = 7\n")
+    assert config_file.load(SynthConfig, tmp_path / "x.toml").seed == 7
+
+
 def test_a_configuration_of_unknown_keys_ends_with_a_short_message(tmp_path):
     (tmp_path / "x.toml").write_text("".join(f"a{i} = 1\n" for i in range(1000)))
     with pytest.raises(ValueError, match=r"and 950 more errors$") as error:

@@ -116,7 +116,7 @@ PARTS += ("::a", "a.", "://a:b", "//'", "-u\\", "secret:", "x=", "&k=v", "[", ":
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_long_text_is_searched_in_linear_time(part):
-    """A linear search takes about 0.2 s of CPU time, a quadratic one 20 s or more: no machine is that slow."""
+    """A linear search takes 0.2 s of CPU time, a quadratic one 20 s or more: no machine is so slow."""
     text = part * (160_000 // len(part))
     before = time.process_time()
     redacted_text(text)

@@ -6,12 +6,15 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data_pipeline.common import bounded_json
@@ -24,6 +27,7 @@ from trainer.checkpoint.directory import CheckpointError
 from trainer.inference import network as network_module
 from trainer.inference.network import network_of, read_network, write_pt
 from trainer.runtime.ranks import join
+from trainer.runtime.watchdog import Pulse, _Life
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("trainer", "data_pipeline", "partial_fc", "slurm")
@@ -194,6 +198,46 @@ def test_a_file_that_grows_when_read_is_refused(kind, network, tmp_path):
         weights.load(network.model, tmp_path / "n.pt")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("strides", [(0, 0), (1, 1)])
+def test_views_of_a_few_elements_are_refused_before_anything_is_allocated(
+    strides, zipped, network, tmp_path, monkeypatch
+):
+    path = tmp_path / "n.pt"
+    config = network.config.model_copy(update={"embedding_size": 200_000})
+    with torch.device("meta"):
+        wanted = network_module.backbones.build(config, 32).state_dict()
+    large = {
+        name: torch.zeros(sum(tensor.shape[:2]), dtype=tensor.dtype).as_strided(tensor.shape, strides)
+        if tensor.ndim == 2
+        else torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in wanted.items()
+    }
+    content = {"backbone": config.model_dump(mode="json"), "image_size": 32, "step": 1, "state": large}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setattr(network_module.backbones, "build", None)
+    with pytest.raises(ValueError, match=r"expected a network.*tensors of \d{9,} bytes in a file of \d{6,7}"):
+        read_network(path)
+    with pytest.raises(ValueError, match=r"expected a state dict.*tensors of \d{9,} bytes in a file of"):
+        weights.load(network.model, path)
+    with pytest.raises(ValueError, match=r"tensors of \d{9,} bytes in a file of"):
+        pt_file.load_bytes(bytearray(path.read_bytes()))
+
+
+def test_shared_and_permuted_tensors_are_still_read(tmp_path):
+    tied = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    torch.save({"state": {"a": tied, "b": tied, "c": torch.randn(4, 8).T}}, tmp_path / "n.pt")
+    assert torch.equal(pt_file.load(tmp_path / "n.pt")["state"]["b"], tied)
+
+
+def test_methods_that_a_pickle_replaces_hide_no_tensor(tmp_path):
+    state = OrderedDict(a=torch.zeros(()).expand(1 << 20))
+    state.values = torch.Size
+    torch.save(state, tmp_path / "n.pt")
+    with pytest.raises(ValueError, match="tensors of 4194304 bytes in a file of"):
+        pt_file.load(tmp_path / "n.pt")
+
+
 def test_a_call_in_the_older_format_is_refused_too(tmp_path):
     parts = [pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {})]
     program = b"\x80\x02cbuiltins\nbytearray\n" + HUGE + b"\x85R."
@@ -208,6 +252,59 @@ def test_what_torch_writes_is_still_read(zipped, tmp_path):
     torch.save(state, tmp_path / "n.pt", _use_new_zipfile_serialization=zipped)
     found = pt_file.load(tmp_path / "n.pt")
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def doubled(item, join):
+    """Return the instructions for an object of 60 levels, each with twice the one below it."""
+    levels = (b"h%ch%c" % (i, i) + join + b"q%c" % (i + 1) for i in range(60))
+    return item + b"q\0" + b"".join(levels) + b"h\x3c"
+
+
+TREES = {
+    "key": b"}" + doubled(b")", b"\x86") + b"Ns",
+    "storage": doubled(b")", b"\x86") + b"Q",
+    "shown": doubled(b"]", b"\x86") + b")R",
+    "copies": b"](" + b"K\1" * 10_000 + b"eq\0ctorch\nSize\nq\1" + b"h\1h\0\x85R" * 1000,
+    "deep": b"}" + b")" + b"\x85" * 100_000 + b"Ns",
+    "scalar": b"K\1q\0(" + b"K\1" * 100 + b"e",
+    "extended": b"]q\0h\0\x85q\1h\0(" + b"K\1" * 100 + b"e",
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_a_pickle_that_grows_when_hashed_copied_or_shown_is_refused(kind, tmp_path, monkeypatch):
+    """All values are counted before torch sees them: torch would take 2**60 steps."""
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr(convert, "_Unpickler", None)
+    program = b"\x80\2" + TREES[kind] + b"."
+    torch.save({}, tmp_path / "n.pt")
+    rezipped(tmp_path / "n.pt", lambda name, content: (program if name.endswith("data.pkl") else content,))
+    (tmp_path / "metadata").write_bytes(program)
+    for read in (lambda: pt_file.load(tmp_path / "n.pt"), lambda: convert._described(tmp_path / "metadata")):
+        with pytest.raises(ValueError, match=r"a pickle (of more than \d+ (values|levels)|that extends)"):
+            read()
+
+
+def test_a_doubled_key_by_dup_is_refused(tmp_path):
+    (tmp_path / "metadata").write_bytes(b"\x80\2})" + b"2\x86" * 60 + b"Ns.")
+    with pytest.raises(ValueError, match="the instruction DUP"):
+        convert._described(tmp_path / "metadata")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_training_state_with_shared_objects_is_still_read(zipped, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    groups = [{"params": [parameter], "betas": (0.8, 0.9)} for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(groups)
+    model(torch.randn(3, 2)).sum().backward()
+    optimizer.step()
+    state, shared = model.state_dict(), [1, (2, 3)]
+    content = {"model": state, "ema": state, "optimizer": optimizer.state_dict(), "a": shared, "b": [shared]}
+    torch.save(content, tmp_path / "n.pt", _use_new_zipfile_serialization=zipped)
+    found = pt_file.load(tmp_path / "n.pt")
+    assert found["b"] == [shared]
+    assert found["ema"]._metadata == state._metadata
+    assert found["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 def test_a_pipe_and_an_endless_file_are_refused(network, tmp_path):
@@ -257,6 +354,14 @@ def test_an_absurd_configuration_is_refused_before_anything_is_allocated(
 def test_a_huge_header_of_safetensors_is_refused(tmp_path):
     (tmp_path / "n.safetensors").write_bytes(struct.pack("<Q", 9 << 20) + b"{}".ljust(9 << 20))
     with pytest.raises(ValueError, match="a header of 9437184 bytes"):
+        read_network(tmp_path / "n.safetensors")
+
+
+def test_overlapping_tensors_of_safetensors_are_refused(tmp_path):
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    (tmp_path / "n.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(ValueError, match="found: Error while deserializing header: invalid offset"):
         read_network(tmp_path / "n.safetensors")
 
 
@@ -359,6 +464,49 @@ def test_a_configuration_of_another_form_is_refused(table, network, alone, tmp_p
         network_of(tmp_path, alone)
 
 
+def test_chunks_with_the_same_bytes_are_refused(network, alone, tmp_path):
+    checkpoint = checkpoint_of(network, tmp_path, alone)
+
+    def overlap(manifest):
+        for tensor in manifest["tensors"].values():
+            for chunk in tensor["chunks"]:
+                chunk["offset"] = 0
+
+    reseal(checkpoint, overlap)
+    with pytest.raises(CheckpointError, match="overlaps another chunk"):
+        network_of(checkpoint, alone)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_a_network_larger_than_the_memory_is_reported(kind, network, alone, tmp_path, monkeypatch):
+    checkpoint_of(network, tmp_path, alone)
+
+    def build(config, image_size, original=network_module.backbones.build):
+        if torch.get_default_device().type != "meta":
+            raise kind("no memory")
+        return original(config, image_size)
+
+    monkeypatch.setattr(network_module.backbones, "build", build)
+    with pytest.raises(CheckpointError, match="expected enough memory for its network, found: no memory"):
+        network_of(tmp_path, alone)
+
+
+def test_chunks_of_format_1_with_the_same_bytes_are_refused(tmp_path):
+    [archive] = (ROOT / "tests/trainer/checkpoint/format_1").glob("*3.11.2*.zip")
+    shutil.unpack_archive(archive, tmp_path / "checkpoints")
+    [checkpoint] = directory.all_of(tmp_path)
+    described = convert._described
+
+    def overlap(metadata):
+        shapes, chunks = described(metadata)
+        return shapes, {name: [*of_file, of_file[-1]] for name, of_file in chunks.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "_described", overlap)
+        with pytest.raises(CheckpointError, match=r"overlapping chunks of the file '.*distcp'"):
+            convert.convert(checkpoint)
+
+
 def test_a_checkpoint_of_a_run_is_still_read(network, alone, tmp_path):
     checkpoint_of(network, tmp_path, alone)
     found = network_of(tmp_path, alone).model.state_dict()
@@ -377,3 +525,24 @@ def test_format_1_metadata_reserve_no_memory(program):
 def test_write_and_read(network, tmp_path):
     write_pt(network, tmp_path / "n.pt")
     assert read_network(tmp_path / "n.pt").config == network.config
+
+
+# Heartbeats.
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"5", b"null", b"{", b"\xff", b"[]", b'[1, 2, 3, "a"]', b"[1, 2, 3, 4, 5, 6]",
+        b"[1, 2, 3, 4, true]", b'["a", 2, 3, "a", true]', b'{"a": 1}',
+        b"[" + b"1" * 5000 + b', 1, 1, "a", false]', DEEP.encode(),
+    ],
+    ids=lambda value: value[:8],
+)  # fmt: skip
+def test_a_heartbeat_of_another_form_is_ignored(value):
+    store = dist.HashStore()
+    pulse = Pulse(store, 0, 2, keeper="nobody", end=print)
+    store.set("lgaf/life/1", value)
+    assert pulse._read(1) == _Life()
+    store.set("lgaf/life/1", '[7, 1, 2, "computing", false]')
+    assert pulse._read(1) == _Life(7, 1, 2, "computing", False)

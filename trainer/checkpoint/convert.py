@@ -8,8 +8,10 @@ archives inside *.distcp files, and are read with `weights_only`.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
+import pickletools
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -78,6 +80,8 @@ def convert(checkpoint: Path) -> None:
             if name not in manifest.files:
                 raise ValueError(f"metadata with the file {name!r}, which the manifest does not list")
             out = f"rank-{len(sums)}.bin"
+            if any(b.offset < a.offset + a.length for a, b in itertools.pairwise(of_file)):
+                raise ValueError(f"metadata with overlapping chunks of the file {name!r}")
             with open_regular(checkpoint / name) as source, storage.new_file(partial / out) as target:
                 tables += [_copy(source, target, out, chunk, shapes[chunk.tensor]) for chunk in of_file]
             sums[out] = target.sum
@@ -114,6 +118,7 @@ def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
         raw = file.read(_LARGEST_METADATA + 1)
     if len(raw) > _LARGEST_METADATA:
         raise ValueError(f"metadata of more than {_LARGEST_METADATA} bytes")
+    pt_file.check_structure(pickletools.genops(raw))
     content = _Unpickler(io.BytesIO(raw)).load()
     shapes, sizes = {}, {}
     for name, entry in content["state_dict_metadata"].items():
@@ -139,8 +144,8 @@ def _described(metadata: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
 
 
 def _counts(values: Any) -> tuple[int, ...]:
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"invalid sizes or offsets {values!r}")
+    if not isinstance(values, tuple | list) or not all(type(one) is int and one >= 0 for one in values):
+        raise ValueError(f"invalid sizes or offsets {values!r:.80}")
     return tuple(values)
 
 
@@ -162,7 +167,7 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) in _IGNORED:
             return lambda *arguments: None
         if (module, name) == ("torch", "Size"):
-            return lambda values: tuple(values)
+            return _counts
         if module == "torch" and name in directory.ITEM_BYTES:
             return name
         raise pickle.UnpicklingError(f"the forbidden global {module}.{name}")

@@ -297,7 +297,7 @@ def _parsed(held: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise ValueError unless values have their types and every row of every tensor is described once."""
+    """Raise ValueError unless values have their types and every row has bytes of its own, described once."""
     header = manifest.header
     if manifest.format not in (1, FORMAT):
         raise ValueError(f"format {manifest.format!r}")
@@ -328,6 +328,12 @@ def _check(manifest: Manifest) -> None:
             row += chunk.rows
         if row != tensor.rows:
             raise ValueError(f"{row} rows of {name!r}, expected {tensor.rows}")
+    ends = dict.fromkeys(manifest.files, 0)
+    chunks = (chunk for tensor in manifest.tensors.values() for chunk in tensor.chunks)
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.offset, chunk.length)):
+        if chunk.offset < ends[chunk.file]:
+            raise ValueError(f"{chunk!r}, which overlaps another chunk")
+        ends[chunk.file] = chunk.offset + chunk.length
 
 
 def _is_count(value: object) -> bool:

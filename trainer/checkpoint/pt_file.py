@@ -1,17 +1,21 @@
 """Reading of .pt files from any source: no code runs, and no memory beyond the file's size is reserved.
 
 torch.load with `weights_only` executes no code, but it inflates compressed entries, of which a few megabytes
-can hold gigabytes, and it accepts calls that reserve any amount of memory. Both are refused beforehand.
+can hold gigabytes, and it accepts calls that reserve any amount of memory. Both are refused beforehand. Views
+of a few stored elements can have any shape: tensors far larger than the file are refused before their use.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickletools
 import re
 import struct
 import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +25,13 @@ from data_pipeline.common.data_file import open_data_file
 
 # The pickle takes about 150 bytes for each tensor.
 _LARGEST_PICKLE = 8 << 20
+_MOST_VALUES = 1 << 23
+_DEEPEST = 100
+# Instructions that extend an object, and instructions that could repeat one without its number.
+_GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+_COPIES = ("DUP", "POP", "POP_MARK")
+# Tensors can share storage, for example tied weights.
+_MOST_SHARING = 2
 _GLOBALS = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor(_v2)?|parameter)|"
     r"torch\.nn\.parameter Parameter|torch Size|torch (b?float|u?int|bool|complex)\d*"
@@ -41,7 +52,10 @@ def load(path: Path) -> Any:
     """
     with open_data_file(path) as file:
         is_archive = _check(file)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        size = os.fstat(file.fileno()).st_size
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    _check_tensors(content, size)
+    return content
 
 
 def load_bytes(content: bytearray) -> Any:
@@ -49,7 +63,9 @@ def load_bytes(content: bytearray) -> Any:
     file = io.BytesIO(content)
     _check(file)
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    _check_tensors(loaded, len(content))
+    return loaded
 
 
 def _check(file: BinaryIO) -> bool:
@@ -98,9 +114,96 @@ def _check_archive(file: BinaryIO) -> None:
 
 def _check_pickle(file: BinaryIO) -> None:
     """Read one pickle. Raises ValueError if it is too large or uses anything but tensors and plain values."""
+    try:
+        check_structure(_checked(file))
+    except (IndexError, KeyError):
+        raise ValueError("a damaged pickle") from None
+
+
+def _checked(file: BinaryIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
     start = file.tell()
-    for operation, argument, _ in pickletools.genops(file):
+    for operation, argument, at in pickletools.genops(file):
         if operation.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
             raise ValueError(f"{str(argument).replace(' ', '.'):.80}, expected only tensors and plain values")
         if file.tell() - start > _LARGEST_PICKLE:
             raise ValueError(f"a pickle of more than {_LARGEST_PICKLE} bytes")
+        yield operation, argument, at
+
+
+def check_structure(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+    """Raise ValueError if a pickle's content is deep, or is large when an object is counted at each use.
+
+    Unpicklers hash keys, copy arguments and show objects in errors, each time with all values in them: 60
+    levels of tuples, each with twice the one below it, take 2**60 steps. Raises errors of other kinds for a
+    damaged pickle.
+    """
+    stack: list[_Part] = []
+    marks: list[int] = []
+    memo: dict[Any, _Part] = {}
+    values = 0
+    for operation, argument, _ in operations:
+        values += 1
+        if values > _MOST_VALUES:
+            raise ValueError(f"a pickle of more than {_MOST_VALUES} values, repeated objects included")
+        before = operation.stack_before
+        if operation.name in _COPIES:
+            raise ValueError(f"a pickle with the instruction {operation.name}, which no Pickler writes here")
+        if operation.name == "MARK":
+            marks.append(len(stack))
+        elif "PUT" in operation.name or operation.name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif "GET" in operation.name:
+            stack.append(memo[argument])
+            stack[-1].is_reused = True
+            values += stack[-1].values
+        else:
+            is_marked = pickletools.markobject in before
+            start = (
+                marks.pop() - before.index(pickletools.markobject) if is_marked else len(stack) - len(before)
+            )
+            taken = stack[start:]
+            del stack[start:]
+            if not operation.stack_after:
+                continue
+            if not before and not operation.name.startswith("EMPTY"):
+                stack.append(_SCALAR)
+                continue
+            part = taken.pop(0) if operation.name in _GROWING else _Part()
+            if part.is_reused:
+                raise ValueError("a pickle that extends an object after its use")
+            for one in taken:
+                part.values += one.values
+                part.depth = max(part.depth, one.depth + 1)
+            if part.depth > _DEEPEST:
+                raise ValueError(f"a pickle of more than {_DEEPEST} levels")
+            stack.append(part)
+
+
+@dataclass(slots=True)
+class _Part:
+    """An object that a pickle builds: the number of values in it, and of levels."""
+
+    values: int = 1
+    depth: int = 1
+    is_reused: bool = False
+
+
+_SCALAR = _Part(is_reused=True)
+
+
+def _check_tensors(content: Any, size: int) -> None:
+    """Raise ValueError if the tensors in a content have far more bytes than its file of `size` bytes."""
+    nbytes, seen, rest = 0, set(), [content]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, torch.Tensor):
+            nbytes += math.prod(one.shape) * one.element_size()
+        elif isinstance(one, dict | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            # A pickle can replace the methods of an OrderedDict.
+            rest += dict.values(one) if isinstance(one, dict) else one
+    if nbytes > _MOST_SHARING * size:
+        raise ValueError(
+            f"tensors of {nbytes} bytes in a file of {size} bytes, views of the same elements; "
+            "write it again with copies of the tensors"
+        )

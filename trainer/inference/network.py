@@ -68,7 +68,8 @@ class Network(NamedTuple):
 def network_of(path: Path, ranks: Ranks) -> Network:
     """Load a network from a checkpoint, a run's newest intact checkpoint or a file, to each rank's device.
 
-    Raises CheckpointError if the checkpoint is missing or damaged, ValueError for a file without a network.
+    Raises CheckpointError if the checkpoint is missing, damaged or too large for the memory, ValueError for a
+    file without a network.
     """
     if path.is_file():
         network = read_network(path)
@@ -85,7 +86,13 @@ def network_of(path: Path, ranks: Ranks) -> Network:
             "checkpoint"
         ) from error
     sharded.require_tensors(found, sharded.backbone_state(empty))
-    model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
+    try:
+        model = backbones.build(config.backbone, config.data.image_size).to(ranks.device).eval()
+    except (RuntimeError, MemoryError) as error:
+        raise directory.CheckpointError(
+            f"{found}: expected enough memory for its network, found: {_first_line(error)}; free memory, or "
+            "use another machine"
+        ) from error
     sharded.load(found, sharded.backbone_state(model), group=ranks.group)
     return Network(model, config.backbone, config.data.image_size, manifest.header.step, config.engine)
 

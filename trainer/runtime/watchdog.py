@@ -21,6 +21,8 @@ from typing import NamedTuple, Self
 
 import torch.distributed as dist
 
+from data_pipeline.common import bounded_json
+
 _BEAT_S = 1.0
 _DIAGNOSIS_S = 2.5 * _BEAT_S
 # From the loss of the store to the exit: in this time the main thread can report a more specific error.
@@ -28,6 +30,7 @@ _GRACE_S = 10.0
 # The factor on the timeout while starting, evaluating and saving, which take longer than a step.
 _PATIENCE = 3
 _VERDICTS, _KEY = "lgaf/verdicts", "lgaf/life/{}"
+_LIFE = [int, int, int, str, bool]
 
 
 class HangError(RuntimeError):
@@ -139,8 +142,14 @@ class Pulse:
         return {rank: self._read(rank) for rank in range(self._world_size)}
 
     def _read(self, rank: int) -> _Life:
+        """Return the published state of a rank; the default if there is none, or one of another form."""
         key = _KEY.format(rank)
-        return _Life(*json.loads(self._store.get(key))) if self._store.check([key]) else _Life()
+        if self._store.check([key]):
+            with contextlib.suppress(ValueError):
+                values = bounded_json.parse(self._store.get(key))
+                if isinstance(values, list) and [*map(type, values)] == _LIFE:
+                    return _Life(*values)
+        return _Life()
 
     def _publish(self, beat: int) -> None:
         self._store.set(_KEY.format(self._rank), json.dumps([beat, *self._work, self._has_left]))
