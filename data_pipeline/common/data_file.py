@@ -26,10 +26,13 @@ def open_data_file(path: Path) -> BinaryIO:
     return os.fdopen(data_file_handle(path), "rb")
 
 
-def data_file_handle(path: Path) -> int:
-    """Return a descriptor of a regular file for reading. Raises OSError as `open_data_file` does."""
+def data_file_handle(path: Path, flags: int = 0) -> int:
+    """Return a descriptor of a regular file for reading. Raises OSError as `open_data_file` does.
+
+    flags: further flags of `os.open`; with O_NOFOLLOW a link is refused.
+    """
     # Without O_NONBLOCK, opening a pipe would block until there is a writer.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | flags)
     try:
         _require_regular(path, os.fstat(handle))
         # Some archive systems return EAGAIN instead of a file's content that they must fetch first.

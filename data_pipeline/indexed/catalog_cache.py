@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.common import bounded_json
 from data_pipeline.common.terminal import echo
 from data_pipeline.formats.container import COLUMNS, DatasetError
 
@@ -111,11 +112,11 @@ def _load(entry: Path, trust: Trust) -> Loaded | None:
         if not trust.allows(os.fstat(folder)):
             return None
         with _opened(folder, _FACTS, trust) as file:
-            facts = json.loads(file.read(_LONGEST_FACTS))
+            facts = bounded_json.parse(file.read(_LONGEST_FACTS))
         sizes = facts.pop("bytes")
         arrays = {column: _column(folder, column, sizes[column], trust) for column in COLUMNS}
         return (arrays, facts) if trust.is_right(arrays, facts) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     finally:
         os.close(folder)

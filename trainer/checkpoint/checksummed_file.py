@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
-import stat
 import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from data_pipeline.common.data_file import data_file_handle
 
 _PIECE = 1 << 20
 # Bytes per request to start writeback, and bytes under writeback before the oldest leave the cache.
@@ -40,12 +40,7 @@ class FileSum:
 
 def open_regular(path: Path) -> io.FileIO:
     """Open a file for reading. Raises OSError if it is missing, a link, a pipe or a device."""
-    # Without O_NONBLOCK, opening a pipe would block until there is a writer.
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "no regular file", str(path))
-    return io.FileIO(handle, "rb")
+    return io.FileIO(data_file_handle(path, os.O_NOFOLLOW), "rb")
 
 
 @contextlib.contextmanager

@@ -261,7 +261,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{path}: expected a checkpoint's manifest, found: {error.strerror}") from error
     except CheckpointError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint's manifest, found a damaged one ({type(error).__name__}: {error})"
             "; resume from another checkpoint, or restore this one from a copy"

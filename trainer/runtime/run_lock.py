@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from data_pipeline.common import bounded_json
 from data_pipeline.common.terminal import echo
 from trainer.checkpoint.checksummed_file import open_regular
 
@@ -198,9 +199,9 @@ def _read(lock: Path) -> Holder | None:
     """Return the holder that a lock file names, None if the file is gone, empty or damaged."""
     try:
         with open_regular(lock) as file:
-            held = json.loads(file.read(_LONGEST))
+            held = bounded_json.parse(file.read(_LONGEST))
         holder = Holder(**held)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return None
     kinds = {"str": str, "int": int, "float": float}
     is_right = all(type(getattr(holder, field.name)) is kinds[str(field.type)] for field in fields(holder))
